@@ -1,0 +1,1 @@
+"""The contract: the RLJob, its status, and every message. Imports pydantic only."""

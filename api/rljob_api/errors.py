@@ -1,0 +1,94 @@
+"""The exception tree. Every message says what, why and what to do, with the values.
+
+RljobError
+├── SpecError              the RLJob file or object is not usable; carries every violation
+├── ProtocolError
+│   ├── MalformedMessage   bytes on a stream, in a key or in a file are not what their schema says
+│   ├── Fenced             a newer epoch, term or revision exists; the writer must stop
+│   └── DeadlineExceeded   a wait ran out of time
+├── StorageError
+│   ├── BlobCorrupt        digest or size differs from the manifest
+│   ├── BlobMissing        the store has no blob of that name
+│   └── StorageFull        no room for a blob or a record
+├── EngineError
+│   └── EnginePoisoned     the engine can no longer be trusted: it must be restarted, never served on
+└── EnvironmentFailure     the environment broke or timed out; an outcome of its own, never reward 0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class RljobError(Exception):
+    """Base of every error that rljob raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One reason why a spec is refused."""
+
+    path: str
+    """Where, as kubectl writes it: `spec.rolloutPools[0].replicas`."""
+    value: str
+    """The offending value as the user wrote it, shortened."""
+    reason: str
+    """What is wrong with it."""
+    remedy: str
+    """What to do instead."""
+
+    def __str__(self) -> str:
+        shown = f" (got {self.value})" if self.value else ""
+        return f"{self.path}: {self.reason}{shown}. {self.remedy}"
+
+
+class SpecError(RljobError):
+    """The RLJob is refused; `violations` holds every reason, not only the first."""
+
+    def __init__(self, violations: tuple[Violation, ...]) -> None:
+        self.violations = violations
+        super().__init__("\n".join(str(v) for v in violations))
+
+
+class ProtocolError(RljobError):
+    """Something on the wire is not as the protocol says."""
+
+
+class MalformedMessage(ProtocolError):
+    """Bytes that do not decode to the message their place promises."""
+
+
+class Fenced(ProtocolError):
+    """A newer writer exists (epoch, term or key revision); this one must stop writing."""
+
+
+class DeadlineExceeded(ProtocolError):
+    """A wait reached its deadline."""
+
+
+class StorageError(RljobError):
+    """Blobs, checkpoints or records could not be written or read."""
+
+
+class BlobCorrupt(StorageError):
+    """The bytes' digest or size differs from what the manifest says."""
+
+
+class BlobMissing(StorageError):
+    """The store does not hold the named blob."""
+
+
+class StorageFull(StorageError):
+    """There is no room left for a blob, a checkpoint or a record."""
+
+
+class EngineError(RljobError):
+    """The inference engine refused or failed a call."""
+
+
+class EnginePoisoned(EngineError):
+    """The engine holds unknown or half-applied weights and must be restarted."""
+
+
+class EnvironmentFailure(RljobError):
+    """The environment raised or timed out: an infrastructure outcome, retried, never a reward."""

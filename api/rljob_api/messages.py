@@ -1,0 +1,266 @@
+"""Every message and key-value value of the protocol: versioned JSON bytes in and out.
+
+Who writes what is fixed (docs/design.md, section 3). Readers re-read on start, on reconnect and on a timer; nothing here
+is an event that must not be missed.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field
+
+from rljob_api.base import FrozenModel, WireMessage
+from rljob_api.weights import Blob
+
+
+class EpochClaim(WireMessage):
+    """Control key `epoch`: the trainer's incarnation, claimed by compare-and-set before any other write."""
+
+    epoch: int = Field(ge=1)
+
+
+class PublishedVersion(WireMessage):
+    """Control key `published`: the newest weight version whose bytes are durable. Writer: trainer rank 0, fenced by epoch."""
+
+    epoch: int = Field(ge=1)
+    version: int = Field(ge=0)
+    step: int = Field(ge=0)
+    """Steps trained when this version was made."""
+    base: int | None = None
+    manifest: Blob
+    num_bytes: int = Field(ge=0)
+    final: bool = False
+    """True for the last version of the job: nothing more will be trained."""
+
+
+class TermClaim(WireMessage):
+    """Control key `term`: the coordinator's incarnation, claimed by compare-and-set."""
+
+    term: int = Field(ge=1)
+
+
+class DesiredVersion(WireMessage):
+    """Control key `desired`: the coordinator's order to the workers. The highest (term, generation) counts."""
+
+    term: int = Field(ge=1)
+    generation: int = Field(ge=1)
+    published: PublishedVersion
+    """The version to serve: any published one, not necessarily the newest."""
+    quarantined: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.term, self.generation)
+
+
+class CoordinatorHeartbeat(WireMessage):
+    """Liveness key `coordinator`."""
+
+    term: int
+    generation: int
+    beat: int
+    """Rises with each heartbeat; readers judge life by their own clock since it last rose."""
+
+
+class WorkerPhase(StrEnum):
+    STARTING = "Starting"  # engine not up yet, or no version loaded yet
+    SERVING = "Serving"  # gate open
+    SWAPPING = "Swapping"  # gate shut: abort, apply, probe
+    POISONED = "Poisoned"  # apply or probe failed; the process is about to restart
+    DRAINING = "Draining"  # told to stop; partials are being handed over or counted
+    STOPPED = "Stopped"  # last write of this incarnation
+
+
+class WorkerCounters(FrozenModel):
+    """Running totals of one worker incarnation, in tokens unless named otherwise."""
+
+    tokens_generated: int = 0
+    """Model tokens that the engine returned to the worker."""
+    tokens_delivered: int = 0
+    """Model tokens in trajectories that the stream accepted."""
+    tokens_dropped: dict[str, int] = Field(default_factory=dict)
+    """Model tokens that ended here, by reason (environment failure, malformed, superseded ...)."""
+    tokens_in_flight: int = 0
+    """Model tokens held in unfinished trajectories right now."""
+    tokens_salvaged: int = 0
+    """Model tokens kept in partial rollouts over interruptions, counted once per interruption."""
+    tokens_lost: int = 0
+    """Model tokens lost to interruptions; stays 0 unless something is wrong."""
+    interruptions: int = 0
+    """Weight-version changes that shut the gate."""
+    partials_continued: int = 0
+    """Partial rollouts with >= 1 model token before and >= 1 after a version change."""
+    trajectories: int = 0
+    environment_failures: int = 0
+    malformed: int = 0
+    swaps_failed: int = 0
+
+
+class WorkerState(WireMessage):
+    """Liveness key `worker.<id>`: one worker's own report. Writer: that worker."""
+
+    worker: str
+    pool: str
+    incarnation: str
+    revision: int = 0
+    """Rises with each write; life is judged by the reader's clock since it last rose."""
+    phase: WorkerPhase
+    epoch: int = 0
+    serving_version: int | None = None
+    order: tuple[int, int] | None = None
+    """(term, generation) that the serving version was ordered by; None when followed from `published` (degraded)."""
+    degraded: bool = False
+    in_flight: int = 0
+    """Episodes running."""
+    counters: WorkerCounters = Field(default_factory=WorkerCounters)
+    tokens_per_second: float = 0.0
+    idle_share: float = 0.0
+    pause_seconds: tuple[float, ...] = ()
+    """Gate-shut times of the last interruptions, at most 64."""
+    message: str = ""
+
+
+class TrainerPhase(StrEnum):
+    STARTING = "Starting"
+    WAITING = "Waiting"
+    TRAINING = "Training"
+    PUBLISHING = "Publishing"
+    CHECKPOINTING = "Checkpointing"
+    FINISHED = "Finished"
+
+
+class TrainerState(WireMessage):
+    """Liveness key `trainer`: rank 0's heartbeat."""
+
+    epoch: int
+    beat: int
+    phase: TrainerPhase
+    step: int
+    steps: int
+    version: int
+    message: str = ""
+
+
+class CheckpointPointer(WireMessage):
+    """Control key `checkpoint`: the current checkpoint. Writer: trainer rank 0, by compare-and-set."""
+
+    epoch: int
+    version: int
+    step: int
+    directory: str
+    """Folder name below the checkpoint root: `<epoch>-<version>`."""
+    cursor: int
+    """Sequence in the trajectory stream up to which everything is trained or dropped."""
+
+
+class Task(WireMessage):
+    """One sample to roll out, on subject `tasks.<task>.<sample>`. The un-acked message is the lease."""
+
+    task: int = Field(ge=0)
+    """Admission number of the group: never reused, a pure function of it gives the prompt."""
+    sample: int = Field(ge=0)
+    epoch: int = Field(ge=1)
+    min_version: int = Field(ge=0)
+    """An engine that serves an older version must not start it."""
+    seed: int
+    """Seed of the environment instance, the same for all samples of the group."""
+
+
+class Outcome(StrEnum):
+    FINISHED = "Finished"  # the environment said done
+    TRUNCATED = "Truncated"  # maxTrajectoryTokens reached; scored
+    ENVIRONMENT_FAILED = "EnvironmentFailed"  # infrastructure failure after maxAttempts; never scored
+
+
+class TrajectoryHeader(WireMessage):
+    """JSON metadata of a trajectory message (its tensors: `trajectory.py`)."""
+
+    task: int = Field(ge=0)
+    sample: int = Field(ge=0)
+    attempt: int = Field(ge=1)
+    epoch: int = Field(ge=1)
+    worker: str
+    incarnation: str
+    outcome: Outcome
+    turn_rewards: tuple[float, ...] = ()
+    """Reward of each turn; the trajectory's reward is their mean unless `reward` says otherwise."""
+    reward: float = 0.0
+    interruptions: int = 0
+    started_at: float = 0.0
+    finished_at: float = 0.0
+    """Unix seconds on the worker's clock, for duration statistics only."""
+    error: str = ""
+    info: dict[str, float] = Field(default_factory=dict)
+    """Numbers of the environment's own, averaged into the report (for example `constantBaseline`)."""
+
+
+class Distribution(FrozenModel):
+    """Summary of per-token staleness in one step."""
+
+    mean: float = 0.0
+    p50: int = 0
+    p95: int = 0
+    max: int = 0
+    histogram: dict[str, int] = Field(default_factory=dict)
+    """Staleness (as text) -> tokens."""
+
+
+class SourceStats(FrozenModel):
+    """Log discrepancy ratio of the tokens whose old log-probability came from one source."""
+
+    tokens: int
+    rms_log_discrepancy: float
+    max_abs_log_discrepancy: float
+
+
+class BucketStats(FrozenModel):
+    """The same per staleness bucket."""
+
+    tokens: int
+    rms_log_discrepancy: float
+    max_abs_log_discrepancy: float
+
+
+class StepReport(WireMessage):
+    """What one step did: one message a step on the steps stream, one line in metrics.jsonl."""
+
+    epoch: int
+    step: int
+    """1-based: steps trained after this one."""
+    version: int
+    """Version that this step published."""
+    reward: float
+    baseline: float | None = None
+    """Reward of a constant answer on the same tasks, where the environment knows it."""
+    loss: float
+    entropy: float
+    gradient_norm: float
+    learning_rate: float
+    route: str
+    exact_fraction: float
+    """Share of the batch's model tokens within the bound whose old log-probability is exact."""
+    sources: dict[str, SourceStats] = Field(default_factory=dict)
+    staleness: Distribution = Field(default_factory=Distribution)
+    discrepancy_by_staleness: dict[str, BucketStats] = Field(default_factory=dict)
+    keep_fraction: float
+    clip_fraction: float
+    active_fraction: float
+    trajectories: int
+    trajectories_spanning_versions: int
+    mean_trajectory_tokens: float
+    tokens_trained: int
+    """Cumulative, as the counters below: model tokens that entered a step's batch and were not dropped."""
+    tokens_dropped: dict[str, int] = Field(default_factory=dict)
+    groups_without_variance: int = 0
+    seconds_waiting: float = 0.0
+    seconds_scoring: float = 0.0
+    seconds_training: float = 0.0
+    seconds_publishing: float = 0.0
+    seconds_checkpointing: float = 0.0
+    seconds_total: float = 0.0
+    queue_tasks: int = 0
+    queue_trajectories: int = 0
+    finished_at: float = 0.0
+    kind: Literal["StepReport"] = "StepReport"

@@ -1,0 +1,104 @@
+"""Every subject, stream, bucket, key and environment variable: each string once.
+
+All NATS names carry the RLJob's UID, so a re-created job never meets the state of its predecessor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+API_VERSION = "rljob.dev/v1alpha1"
+KIND = "RLJob"
+
+
+@dataclass(frozen=True, slots=True)
+class JobNames:
+    """NATS names of one job."""
+
+    uid: str
+
+    # Streams and their subjects.
+    @property
+    def tasks_stream(self) -> str:
+        return f"rljob-{self.uid}-tasks"
+
+    @property
+    def trajectories_stream(self) -> str:
+        return f"rljob-{self.uid}-trajectories"
+
+    @property
+    def steps_stream(self) -> str:
+        """One StepReport a step, kept for the live view, the report and the operator."""
+        return f"rljob-{self.uid}-steps"
+
+    def task_subject(self, task: int | str = "*", sample: int | str = "*") -> str:
+        return f"rljob.{self.uid}.tasks.{task}.{sample}"
+
+    def trajectory_subject(self, task: int | str = "*", sample: int | str = "*") -> str:
+        return f"rljob.{self.uid}.trajectories.{task}.{sample}"
+
+    @property
+    def steps_subject(self) -> str:
+        return f"rljob.{self.uid}.steps"
+
+    @property
+    def rollout_consumer(self) -> str:
+        """The one durable pull consumer of the task stream that all rollout workers share."""
+        return "rollouts"
+
+    # Key-value buckets. Pointers never expire; liveness expires, and is judged by the reader's own timer.
+    @property
+    def control_bucket(self) -> str:
+        return f"rljob-{self.uid}-control"
+
+    @property
+    def liveness_bucket(self) -> str:
+        return f"rljob-{self.uid}-liveness"
+
+    @property
+    def blob_bucket(self) -> str:
+        return f"rljob-{self.uid}-blobs"
+
+    # Plain messages: hints for latency, never the only way to learn something.
+    @property
+    def published_hint(self) -> str:
+        return f"rljob.{self.uid}.hints.published"
+
+    @property
+    def desired_hint(self) -> str:
+        return f"rljob.{self.uid}.hints.desired"
+
+
+# Keys of the control bucket.
+KEY_EPOCH = "epoch"  # EpochClaim, written by trainer rank 0
+KEY_PUBLISHED = "published"  # PublishedVersion, written by trainer rank 0
+KEY_CHECKPOINT = "checkpoint"  # CheckpointPointer, written by trainer rank 0
+KEY_TERM = "term"  # TermClaim, written by the coordinator
+KEY_DESIRED = "desired"  # DesiredVersion, written by the coordinator
+
+# Keys of the liveness bucket.
+KEY_COORDINATOR = "coordinator"  # CoordinatorHeartbeat
+KEY_TRAINER = "trainer"  # TrainerState
+
+
+def worker_key(worker: str) -> str:
+    """Liveness key of one rollout worker, e.g. `worker.main-0`."""
+    return f"worker.{worker}"
+
+
+WORKER_KEY_PREFIX = "worker."
+
+# Environment of the runtime processes (pods and local processes alike).
+ENV_CONFIG = "RLJOB_CONFIG"  # path of the resolved RLJob (JSON)
+ENV_UID = "RLJOB_UID"
+ENV_NATS_URL = "RLJOB_NATS_URL"
+ENV_NATS_CREDENTIALS = "RLJOB_NATS_CREDENTIALS"  # path of a credentials file, optional
+ENV_WORKER = "RLJOB_WORKER"  # worker id: pod name, or pool-index locally
+ENV_POOL = "RLJOB_POOL"
+ENV_INCARNATION = "RLJOB_INCARNATION"  # changes at each start of a worker's process
+ENV_ATTEMPT = "RLJOB_ATTEMPT"
+ENV_CHECKPOINT_DIR = "RLJOB_CHECKPOINT_DIR"
+ENV_WEIGHTS_DIR = "RLJOB_WEIGHTS_DIR"  # shared directory of weight blobs, when storage.weights.volume is chosen
+ENV_CACHE_DIR = "RLJOB_CACHE_DIR"  # private scratch of one process
+ENV_RECORD_DIR = "RLJOB_RECORD_DIR"  # trainer: keep a record for `rljob verify`
+ENV_RECORD_BYTES = "RLJOB_RECORD_BYTES"

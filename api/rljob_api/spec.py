@@ -1,0 +1,325 @@
+"""The RLJob: what a user declares. Frozen, camelCase on the wire, unknown fields refused.
+
+Field descriptions are the user reference: they appear in `kubectl explain` and in docs/reference. Rules that need more
+than one field live in `validate.py`; pods, pools and engines in `pools.py`; failure rules in `failure_policy.py`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue
+
+from rljob_api.base import FrozenModel
+from rljob_api.failure_policy import FailurePolicy
+from rljob_api.names import API_VERSION, KIND
+from rljob_api.pools import RolloutPool, TrainerPool
+
+
+class ComputeType(StrEnum):
+    """Number format of forward and backward passes; master weights and optimizer state are always fp32."""
+
+    FLOAT32 = "Float32"
+    BFLOAT16 = "BFloat16"
+
+
+class OnExceeded(StrEnum):
+    """What happens to tokens older than `staleness.maxVersions` when their batch is trained."""
+
+    MASK_TOKENS = "MaskTokens"
+    DROP_GROUP = "DropGroup"
+    WAIT = "Wait"
+
+
+class OldLogprobs(StrEnum):
+    """Where old log-probabilities come from."""
+
+    RESIDENT = "Resident"  # only the version that the trainer holds; needs staleness.maxVersions 0
+    SNAPSHOT = "Snapshot"  # exact: reload the version that generated the token
+    CURRENT = "Current"  # baseline, the usual bug: the policy before this step's first update
+    ENGINE = "Engine"  # baseline: the behavior log-probability itself, no discrepancy correction
+
+
+class Fallback(StrEnum):
+    DROP = "Drop"
+
+
+class Granularity(StrEnum):
+    TOKEN = "Token"
+    SEGMENT = "Segment"
+    SEQUENCE = "Sequence"
+
+
+class DiscrepancyWeight(StrEnum):
+    NONE = "None"
+    TRUNCATED = "Truncated"
+    RAW = "Raw"
+
+
+class AdvantageEstimator(StrEnum):
+    GRPO = "GRPO"  # reward minus the group's mean
+    RLOO = "RLOO"  # reward minus the mean of the group's other samples
+
+
+class Credit(StrEnum):
+    TRAJECTORY = "Trajectory"  # one advantage on all model tokens of a trajectory
+    TURN = "Turn"  # turn j is compared with turn j of the group's other samples
+
+
+class SyncMode(StrEnum):
+    INTERRUPT = "Interrupt"
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+class HuggingFaceModel(FrozenModel):
+    repo: str = Field(min_length=1, description="Repository on the Hugging Face hub, `organisation/name`.")
+    revision: str = Field(min_length=1, description="Commit or tag. Required, so that a restart trains the same model.")
+
+
+class ClaimModel(FrozenModel):
+    claim_name: str = Field(min_length=1, description="PersistentVolumeClaim that holds the model directory.")
+    path: str = Field(default="", description="Folder inside the volume; empty is its root.")
+
+
+class RandomModel(FrozenModel):
+    """A small randomly initialised model with a character tokenizer, made on the spot: for examples and tests."""
+
+    architecture: Literal["Llama", "Qwen3"] = Field(default="Llama", description="Architecture of the decoder.")
+    alphabet: str = Field(
+        default="0123456789=",
+        min_length=1,
+        max_length=4096,
+        description="Characters of the tokenizer, one token each, after the three special tokens pad, end and begin.",
+    )
+    hidden_size: int = Field(default=64, ge=8, le=8192, description="Width of the residual stream.")
+    intermediate_size: int = Field(default=128, ge=8, le=65536, description="Width of the feed-forward layers.")
+    layers: int = Field(default=2, ge=1, le=128, description="Number of decoder layers.")
+    heads: int = Field(default=2, ge=1, le=128, description="Number of attention heads.")
+    key_value_heads: int | None = Field(default=None, ge=1, description="Key/value heads; unset equals `heads`.")
+    head_dim: Literal[32, 64, 96, 128, 256] = Field(
+        default=32, description="Width of one head; the sizes that the CPU and GPU attention kernels share."
+    )
+    max_positions: int = Field(default=512, ge=16, le=1 << 20, description="Longest sequence the model takes, in tokens.")
+    tied_embeddings: bool = Field(default=False, description="Share the input embedding with the output layer.")
+    initializer_range: float = Field(default=0.02, gt=0, le=1, description="Standard deviation of the initial weights.")
+    seed: int = Field(default=0, ge=0, description="Seed of the initial weights.")
+
+
+class Model(FrozenModel):
+    """The initial model: exactly one source."""
+
+    hugging_face: HuggingFaceModel | None = Field(default=None, description="Fetch from the Hugging Face hub.")
+    persistent_volume_claim: ClaimModel | None = Field(default=None, description="Read from a PersistentVolumeClaim.")
+    path: str | None = Field(default=None, min_length=1, description="A model directory inside the trainer's container or machine.")
+    random: RandomModel | None = Field(default=None, description="Make a small random model.")
+
+
+# ------------------------------------------------------------------------------------------- environment, sampling
+
+
+class Environment(FrozenModel):
+    """What poses tasks and scores answers."""
+
+    name: str = Field(min_length=1, max_length=63, description="`reasoning-gym`, or a built-in environment such as `digit-copy`.")
+    parameters: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Parameters of the environment, passed through as they are."
+    )
+    timeout_seconds: float = Field(
+        default=60.0, gt=0, le=86400, description="Longest time that one reset, step or reward may take. A timeout is retried, never scored."
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, le=100, description="How often a sample is tried when its environment fails, before it is dropped with a reason."
+    )
+
+
+class Sampling(FrozenModel):
+    """How rollouts sample. Only what the trainer can score exactly is accepted: temperature, and lengths.
+
+    topP, topK, minP, penalties, logitBias, badWords, minTokens and guidedDecoding may be given with their neutral
+    values only: the probability of a token under a truncated distribution is not what the training forward computes.
+    """
+
+    temperature: float = Field(default=1.0, gt=0, le=100, description="Softmax temperature; the loss uses the same.")
+    max_tokens: int = Field(default=256, ge=1, le=1 << 20, description="Longest model turn, in tokens.")
+    max_trajectory_tokens: int = Field(
+        default=4096, ge=2, le=1 << 20, description="Longest trajectory with prompt and observations, in tokens; an episode that reaches it ends as truncated."
+    )
+    samples_per_task: int = Field(default=8, ge=1, le=1024, description="Samples of one task: the group that advantages are computed over.")
+    top_p: float = Field(default=1.0, description="Must be 1.")
+    top_k: int = Field(default=0, description="Must be 0 (off).")
+    min_p: float = Field(default=0.0, description="Must be 0.")
+    repetition_penalty: float = Field(default=1.0, description="Must be 1.")
+    presence_penalty: float = Field(default=0.0, description="Must be 0.")
+    frequency_penalty: float = Field(default=0.0, description="Must be 0.")
+    min_tokens: int = Field(default=0, description="Must be 0.")
+    logit_bias: dict[str, float] = Field(default_factory=dict, description="Must be empty.")
+    bad_words: tuple[str, ...] = Field(default=(), description="Must be empty.")
+    guided_decoding: JsonValue = Field(default=None, description="Must be unset.")
+
+
+# ------------------------------------------------------------------------------------------------ training, correction
+
+
+class Advantage(FrozenModel):
+    estimator: AdvantageEstimator = Field(default=AdvantageEstimator.GRPO, description="Baseline that rewards are compared with.")
+    normalize: bool = Field(default=True, description="Divide by the group's standard deviation (+ 1e-4).")
+    credit: Credit = Field(default=Credit.TRAJECTORY, description="One advantage a trajectory, or one a turn.")
+
+
+class Training(FrozenModel):
+    steps: int = Field(ge=1, le=10_000_000, description="Steps to train. One step is one batch and one published weight version.")
+    tasks_per_step: int = Field(ge=1, le=65536, description="Groups a step (B).")
+    learning_rate: float = Field(gt=0, le=1, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(default=10, ge=0, description="Steps over which the learning rate rises linearly from 0.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment decay.")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second moment decay.")
+    gradient_clip: float = Field(default=1.0, gt=0, description="Largest global gradient norm.")
+    entropy_coefficient: float = Field(default=0.0, ge=0, le=1, description="Weight of the entropy bonus.")
+    mini_batches: int = Field(default=1, ge=1, le=1024, description="Optimizer updates a pass over the batch; groups are never split.")
+    epochs: int = Field(default=1, ge=1, le=64, description="Passes over the batch.")
+    compute_type: ComputeType = Field(default=ComputeType.BFLOAT16, description="Float32 or BFloat16.")
+    tokens_per_micro_batch: int = Field(default=16384, ge=16, description="Padded tokens that one forward holds, a process.")
+    advantage: Advantage = Field(default_factory=Advantage, description="How rewards become advantages.")
+    min_group_size: int | None = Field(default=None, ge=1, description="Fewest finished samples of a group that trains; unset is samplesPerTask.")
+    straggler_timeout_seconds: float = Field(
+        default=600.0, gt=0, description="How long a group waits for its missing samples after the first finished, before it trains or drops as one."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the task order and of everything random in the trainer.")
+
+
+class Staleness(FrozenModel):
+    max_versions: int = Field(default=4, ge=0, le=1024, description="Bound η on the staleness of a trained token, in weight versions. 0 is synchronous.")
+    on_exceeded: OnExceeded = Field(
+        default=OnExceeded.MASK_TOKENS,
+        description="MaskTokens leaves tokens over the bound out of the loss; DropGroup drops their group; Wait paces strictly and is slower with heavy tails.",
+    )
+
+
+class Clip(FrozenModel):
+    low: float = Field(default=0.2, ge=0, lt=1, description="ε below: the staleness ratio is kept above 1 - low.")
+    high: float = Field(default=0.2, ge=0, description="ε above: the staleness ratio is kept below 1 + high.")
+
+
+class Discrepancy(FrozenModel):
+    """Mask, and optionally weight, on the discrepancy ratio (old policy over behavior policy)."""
+
+    granularity: Granularity = Field(default=Granularity.TOKEN, description="Ratio of a token, or the geometric mean over a segment or a sequence.")
+    low: float | None = Field(default=None, gt=0, le=1, description="Lower bound of the kept ratio; unset is 0.5 for Token, 0.999 otherwise.")
+    high: float | None = Field(default=None, ge=1, description="Upper bound of the kept ratio; unset is 2.0 for Token, 1.001 otherwise.")
+    weight: DiscrepancyWeight = Field(default=DiscrepancyWeight.NONE, description="None, Truncated (at weightCap) or Raw.")
+    weight_cap: float = Field(default=2.0, gt=0, description="Cap of the truncated weight.")
+
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) with the granularity's defaults filled in."""
+        low, high = (0.5, 2.0) if self.granularity is Granularity.TOKEN else (0.999, 1.001)
+        return (low if self.low is None else self.low, high if self.high is None else self.high)
+
+
+class Correction(FrozenModel):
+    old_logprobs: OldLogprobs = Field(
+        default=OldLogprobs.SNAPSHOT,
+        description="Snapshot is exact. Resident needs staleness.maxVersions 0. Current and Engine are baselines for comparison.",
+    )
+    fallback: Fallback = Field(default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had.")
+    clip: Clip = Field(default_factory=Clip, description="PPO clip on the staleness ratio.")
+    discrepancy: Discrepancy = Field(default_factory=Discrepancy, description="Mask on the discrepancy ratio.")
+
+
+class WeightSync(FrozenModel):
+    mode: SyncMode = Field(default=SyncMode.INTERRUPT, description="Interrupt: stop generation, keep the partial rollouts, change version, go on.")
+    timeout_seconds: float = Field(default=120.0, gt=0, le=86400, description="A worker that has not converged by then is reported and restarted.")
+    coordinator_timeout_seconds: float = Field(
+        default=30.0, gt=0, le=86400, description="Without a coordinator heartbeat for that long, workers follow the published version themselves."
+    )
+
+
+# ------------------------------------------------------------------------------------------------- storage, messaging
+
+
+class ClaimStorage(FrozenModel):
+    claim_name: str = Field(min_length=1, description="PersistentVolumeClaim. `rljob run` uses a folder of the run instead.")
+
+
+class CheckpointStorage(FrozenModel):
+    persistent_volume_claim: ClaimStorage | None = Field(default=None, description="Volume that checkpoints are kept on.")
+    every_steps: int = Field(default=20, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(default=2, ge=1, le=1000, description="Checkpoints kept.")
+
+
+class NatsWeights(FrozenModel):
+    """Weight blobs in the NATS object store."""
+
+
+class WeightStorage(FrozenModel):
+    """Where weight blobs live: at most one; neither set is the NATS object store."""
+
+    nats: NatsWeights | None = Field(default=None, description="The NATS object store (default).")
+    persistent_volume_claim: ClaimStorage | None = Field(default=None, description="A volume that trainer and rollout pods share.")
+
+
+class Storage(FrozenModel):
+    checkpoint: CheckpointStorage = Field(default_factory=CheckpointStorage, description="Checkpoints of model, optimizer and cursor.")
+    weights: WeightStorage = Field(default_factory=WeightStorage, description="Weight versions on their way to the rollout pools.")
+
+
+class SecretReference(FrozenModel):
+    name: str = Field(min_length=1, description="Name of a Secret in the job's namespace.")
+
+
+class Messaging(FrozenModel):
+    url: str | None = Field(default=None, min_length=1, description="NATS server; unset is the operator's own, or an embedded one with `rljob run`.")
+    credentials_secret_ref: SecretReference | None = Field(default=None, description="Secret with a NATS credentials file under the key `user.creds`.")
+    max_payload_bytes: int = Field(
+        default=8 << 20, ge=1 << 20, le=64 << 20, description="Largest message; the largest trajectory must fit."
+    )
+    trajectory_stream_bytes: int = Field(
+        default=1 << 30, ge=16 << 20, description="Bound of the trajectory stream. At 70 % of it the trainer checkpoints and cuts it off."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the job
+
+
+class RLJobSpec(FrozenModel):
+    suspend: bool = Field(default=False, description="Checkpoint, stop all pods and keep the job; set back to go on.")
+    active_deadline_seconds: int | None = Field(default=None, ge=1, description="Longest running time; the clock restarts on resume.")
+    start_deadline_seconds: int = Field(
+        default=900, ge=1, description="Trainer and minReplicas of every pool must run by then, else the job fails with StartDeadlineExceeded."
+    )
+    ttl_seconds_after_finished: int | None = Field(default=None, ge=0, description="Delete the finished job after that long.")
+    model: Model = Field(description="The initial model: exactly one of huggingFace, persistentVolumeClaim, path, random.")
+    environment: Environment = Field(description="What poses tasks and scores answers.")
+    sampling: Sampling = Field(default_factory=Sampling, description="How rollouts sample.")
+    training: Training = Field(description="Steps, batch, optimizer, advantages.")
+    staleness: Staleness = Field(default_factory=Staleness, description="How old a trained token may be.")
+    correction: Correction = Field(default_factory=Correction, description="Old log-probabilities, mask and clip.")
+    weight_sync: WeightSync = Field(default_factory=WeightSync, description="How rollout workers change version.")
+    storage: Storage = Field(default_factory=Storage, description="Checkpoints and weight blobs.")
+    messaging: Messaging = Field(default_factory=Messaging, description="The NATS server that the pods use.")
+    trainer: TrainerPool = Field(default_factory=TrainerPool, description="The trainer pool (torchrun, FSDP2).")
+    rollout_pools: Annotated[tuple[RolloutPool, ...], Field(min_length=1, max_length=16)] = Field(
+        description="Pools of rollout workers, by name."
+    )
+    failure_policy: FailurePolicy = Field(default_factory=FailurePolicy, description="What failures do to the job; the first rule that matches wins.")
+
+
+class ObjectMeta(FrozenModel):
+    """The part of Kubernetes metadata that a file may carry."""
+
+    name: str = Field(description="Name of the job: RFC 1035 label, at most 40 characters.")
+    namespace: str | None = Field(default=None, description="Namespace.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels.")
+    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
+
+
+class RLJob(FrozenModel):
+    """One asynchronous reinforcement-learning job."""
+
+    api_version: Literal["rljob.dev/v1alpha1"] = Field(default=API_VERSION)
+    kind: Literal["RLJob"] = Field(default=KIND)
+    metadata: ObjectMeta
+    spec: RLJobSpec

@@ -1,0 +1,1 @@
+"""Trainer, rollout worker, weights, environments and correction."""
