@@ -55,10 +55,15 @@ class Background:
             if future.done() and not future.cancelled():
                 future.result()
 
-    def stop(self) -> None:
-        """Cancel the long-running tasks and end the thread."""
+    def cancel_tasks(self) -> None:
+        """Cancel the long-running tasks; calls still work."""
         for future in self._running:
             future.cancel()
+        self._running.clear()
+
+    def stop(self) -> None:
+        """Cancel everything and end the thread."""
+        self.cancel_tasks()
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
@@ -67,4 +72,6 @@ class Background:
     @staticmethod
     async def _drain() -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
