@@ -142,6 +142,27 @@ def test_the_statistic_is_the_weighted_spread_of_the_relative_rms() -> None:
     assert p_value > 0.1
 
 
+def test_trajectories_are_compared_within_their_phase_whatever_its_noise_level() -> None:
+    """Ten phases of two trajectories, the staler one twice as noisy, phases a factor of ten apart."""
+    phase, staleness = np.repeat(np.arange(10), 2), np.tile([0, 1], 10)
+    log_discrepancy = (1.0 + staleness) * 10.0**-phase
+    arguments = (log_discrepancy, staleness, np.arange(20), phase)
+    statistic, p_value = flatness_test(*arguments, num_permutations=199, seed=0)
+    assert statistic == pytest.approx(0.5 / math.sqrt(2.5), abs=1e-12)  # RMS 1 and 2 around 1.5, mean square 2.5
+    assert p_value <= 3 / 200  # two of 1024 assignments are as extreme
+    assert flatness_test(*arguments, num_permutations=9, seed=0)[1] == 1 / 10  # never 0: the observed one counts
+
+
+def test_a_cells_label_is_its_mean_staleness_rounded_half_up() -> None:
+    def statistic(interrupted: list[int]) -> float:
+        return flatness_test(
+            [1.0, 1.0, 5.0, 5.0], [*interrupted, 2, 2], [0, 0, 1, 1], [0] * 4, num_permutations=1, seed=0
+        )[0]
+
+    assert statistic([2, 1]) == 0.0  # 1.5 is the other's 2: one bucket
+    assert statistic([1, 1]) > 0.5
+
+
 def test_nothing_to_exchange_gives_p_value_one() -> None:
     alone = flatness_test([1.0, 2.0, 3.0], [0, 1, 1], [0, 1, 1], [0, 0, 1], num_permutations=9, seed=0)
     same_label = flatness_test([1.0, 2.0, 3.0], [1, 1, 1], [0, 1, 2], [0, 0, 0], num_permutations=9, seed=0)
