@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from rljob_api.errors import Fenced
 from rljob_api.messages import CheckpointPointer, EpochClaim, PublishedVersion
 from rljob_api.names import KEY_CHECKPOINT, KEY_EPOCH, KEY_PUBLISHED
-from rljob_api.weights import Blob, ModelFile, WeightManifest
+from rljob_api.weights import ModelFile
 from rljob_protocol.link import Link
 from rljob_runtime.weights.blobs import BlobStore
 from rljob_runtime.weights.encode import EncodedVersion, model_file_blobs
@@ -28,7 +27,6 @@ class Publisher:
         self._logger = logger
         self._published_revision: int | None = None
         self._checkpoint_revision: int | None = None
-        self._manifests: dict[int, tuple[Blob, WeightManifest]] = {}
         self.epoch = epoch
         self.published: PublishedVersion | None = None
         self.checkpoint: CheckpointPointer | None = None
@@ -85,7 +83,6 @@ class Publisher:
         )
         self._published_revision = await self._set(KEY_PUBLISHED, version, self._published_revision, PublishedVersion)
         self.published = version
-        self._manifests[version.version] = (manifest_blob, encoded.manifest)
         await self._link.hint(self._link.names.published_hint)
         return version
 
@@ -97,12 +94,10 @@ class Publisher:
         self.checkpoint = pointer
 
     async def keep_versions_from(self, oldest: int) -> int:
-        """Delete the blobs of versions below `oldest` that no kept version names; returns how many were deleted."""
-        keep = [held for version, held in self._manifests.items() if version >= oldest]
-        gone = unneeded_blobs(await self._store.names(), keep, oldest=oldest)
+        """Delete the blobs of versions below `oldest`; returns how many."""
+        gone = unneeded_blobs(await self._store.names(), oldest=oldest)
         for name in gone:
             await self._store.delete(name)
-        self._manifests = {version: held for version, held in self._manifests.items() if version >= oldest}
         return len(gone)
 
     async def _set(
@@ -121,9 +116,6 @@ class Publisher:
             raise
 
 
-def oldest_version_needed(
-    *, version: int, step: int, checkpoint_step: int, max_versions: int, kept: Sequence[int] = ()
-) -> int:
+def oldest_version_needed(*, version: int, step: int, checkpoint_step: int, max_versions: int) -> int:
     """Oldest version that a token not yet trained and checkpointed may name: a replay from the checkpoint stays exact."""
-    replayed = version - (step - checkpoint_step) - max_versions
-    return max(0, min((replayed, *kept)))
+    return max(0, version - (step - checkpoint_step) - max_versions)
