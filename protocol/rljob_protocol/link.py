@@ -45,7 +45,6 @@ OPERATION_SECONDS = 60.0
 """Default deadline of one operation: longer than a server restart."""
 RETRY_SECONDS = 0.25
 REQUEST_SECONDS = 5.0
-WRONG_LAST_SEQUENCE = 10071
 
 TRANSIENT = (
     nats.errors.ConnectionClosedError,
@@ -62,6 +61,8 @@ TRANSIENT = (
     ConnectionError,
 )
 """What an outage looks like from here."""
+STREAM_FULL = frozenset({10077, 10122, 10123})
+"""Error codes of a discard-new stream at its bound; the server sends them as 503, which is otherwise an outage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ class Link:
                 )
             )
         if not await self._exists(f"OBJ_{names.blob_bucket}"):
-            await manager.create_object_store(config=ObjectStoreConfig(bucket=names.blob_bucket, storage=StorageType.FILE))
+            await manager.create_object_store(names.blob_bucket, config=ObjectStoreConfig(storage=StorageType.FILE))
         # Idempotent for equal settings; the server's default of 1000 leases at once would starve a large fleet.
         await manager.add_consumer(
             names.tasks_stream,
@@ -291,12 +292,10 @@ class Link:
             bucket = await self._bucket(self.names.control_bucket)
             try:
                 return await bucket.update(key, value.to_bytes(), last=expected_revision or 0)
-            except nats.js.errors.APIError as error:
-                if error.err_code == WRONG_LAST_SEQUENCE or isinstance(error, nats.js.errors.KeyWrongLastSequenceError):
-                    raise Fenced(
-                        f"{key} is no longer at revision {expected_revision}: another writer changed it, this one must stop"
-                    ) from error
-                raise
+            except nats.js.errors.KeyWrongLastSequenceError as error:
+                raise Fenced(
+                    f"{key} is no longer at revision {expected_revision}: another writer changed it, this one must stop"
+                ) from error
 
         return await self.retry(f"write {key}", attempt, deadline_seconds=deadline_seconds)
 
@@ -325,11 +324,11 @@ class Link:
         async def attempt() -> tuple[WorkerState, ...]:
             bucket = await self._bucket(self.names.liveness_bucket)
             try:
-                keys = await bucket.keys(filters=[f"{WORKER_KEY_PREFIX}>"])
+                keys = await bucket.keys()
             except nats.js.errors.NoKeysError:
                 return ()
             found = []
-            for key in sorted(keys):
+            for key in sorted(key for key in keys if key.startswith(WORKER_KEY_PREFIX)):
                 try:
                     held = await self._read(self.names.liveness_bucket, key, WorkerState)
                 except MalformedMessage as error:
@@ -413,6 +412,8 @@ class Link:
             try:
                 return await asyncio.wait_for(attempt(), max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic())))
             except TRANSIENT as error:
+                if getattr(error, "err_code", None) in STREAM_FULL:
+                    raise
                 if self.client.is_closed:
                     raise MessagingUnavailable(f"{what}: the connection was closed") from error
                 if time.monotonic() + RETRY_SECONDS >= deadline:

@@ -14,10 +14,8 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from rljob_api.errors import DeadlineExceeded, MalformedMessage
 from rljob_api.messages import StepReport, Task
-from rljob_protocol.link import OPERATION_SECONDS, TRANSIENT, Link
+from rljob_protocol.link import OPERATION_SECONDS, STREAM_FULL, TRANSIENT, Link
 
-STREAM_FULL = frozenset({10077, 10122, 10123})
-"""Server error codes of a discard-new stream at its bound (messages, bytes, or messages of the subject)."""
 SUBJECT_TAKEN = "maximum messages per subject exceeded"
 BACK_PRESSURE_SECONDS = 0.5
 READ_BATCH = 64

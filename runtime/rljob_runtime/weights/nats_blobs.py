@@ -10,11 +10,11 @@ from nats.js.object_store import ObjectStore
 
 from rljob_api.errors import BlobCorrupt, BlobMissing, StorageError, StorageFull
 from rljob_api.weights import Blob
-from rljob_protocol.link import Link
+from rljob_protocol.link import STREAM_FULL, Link
 from rljob_runtime.weights.blobs import verify_file
 from rljob_runtime.weights.volume import write_error
 
-INSUFFICIENT_STORAGE = frozenset({10023, 10047, 10077})
+INSUFFICIENT_STORAGE = STREAM_FULL | {10023, 10047}
 TRANSFER_SECONDS = 600.0
 
 
