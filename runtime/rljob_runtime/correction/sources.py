@@ -99,8 +99,8 @@ def resolve(
     """Old log-probabilities of this rank's rows, by row index. Collective.
 
     Each stored version that any rank's tokens name is switched to once, in ascending order, whether or not this rank
-    has a token of it: scoring is a collective. Only rows with tokens of that version are scored, up to the last of them,
-    and only those tokens keep their values.
+    has a token of it: scoring is a collective. Only rows with tokens of that version are scored, up to the last of
+    them, and only those tokens keep their values.
 
     Args:
         rows: the whole batch, the same on every rank.

@@ -19,14 +19,16 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import Field, JsonValue
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from rljob_api.base import WireMessage
 from rljob_api.errors import CheckpointCorrupt, MalformedMessage, StorageError
@@ -70,7 +72,7 @@ def save_checkpoint(
     _on_main(world, lambda: _prepare(root, temporary))
     try:
         save_file(_random_state(world.device), temporary / f"random-{world.rank}.safetensors")
-        dcp.save(_weights(policy, optimizer, state), checkpoint_id=temporary / _WEIGHTS)
+        save(_weights(policy, optimizer, state), checkpoint_id=temporary / _WEIGHTS)
     except (OSError, CheckpointException) as error:
         raise StorageError(f"checkpoint {state.directory} could not be written below {root}: {error}") from error
     dist.barrier()
@@ -89,7 +91,7 @@ def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Opti
     _on_main(world, lambda: _verify(directory))
     state = _read_state(directory)
     weights = _weights(policy, optimizer, state)
-    dcp.load(weights, checkpoint_id=directory / _WEIGHTS)
+    load(weights, checkpoint_id=directory / _WEIGHTS)
     set_state_dict(
         policy,
         optimizer if state.has_optimizer_state else (),
@@ -125,7 +127,7 @@ def prune(root: Path, *, keep: int, current: str) -> None:
             shutil.rmtree(root / name)
 
 
-def _weights(policy: Policy, optimizer: torch.optim.Optimizer, state: CheckpointState) -> dict[str, object]:
+def _weights(policy: Policy, optimizer: torch.optim.Optimizer, state: CheckpointState) -> dict[str, Any]:
     if not state.has_optimizer_state:
         # Asked for the state of an optimizer that has none, torch makes a step of zeros to create it, and AdamW's bias
         # correction would count that step for ever.

@@ -7,7 +7,7 @@ has nothing to do must still meet the others in a collective before that time is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rljob_api.errors import AcceleratorMissing
@@ -53,7 +53,7 @@ def distributed_world(kind: DeviceKind, *, timeout_seconds: float) -> Iterator[W
     device = _device(kind, int(os.environ.get("LOCAL_RANK", "0")) if launched else 0)
     dist.init_process_group(
         backend="nccl" if kind == "cuda" else "gloo",
-        store=None if launched else dist.HashStore(),
+        store=None if launched else HashStore(),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -101,16 +101,3 @@ def largest(value: int, device: torch.device) -> int:
     tensor = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor.item())
-
-
-def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sums over the ranks in float64, on every rank. Collective."""
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return [float(value) for value in tensor.tolist()]
-
-
-def total_(tensor: Tensor) -> Tensor:
-    """Sum over the ranks, in place. Collective."""
-    dist.all_reduce(tensor)
-    return tensor

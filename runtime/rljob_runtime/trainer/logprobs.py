@@ -50,7 +50,7 @@ def chunked_logprobs(
         raise ValueError(f"temperature {temperature} must be > 0")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens {chunk_tokens} must be >= 1")
-    logprobs_N, entropy_N = _ChunkedLogprobs.apply(
+    logprobs_N, entropy_N = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, targets_N, float(temperature), chunk_tokens, with_entropy
     )
     return logprobs_N, entropy_N
@@ -88,7 +88,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logprobs_N, entropy_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:

@@ -152,7 +152,7 @@ def full_state(policy: Policy) -> dict[str, Tensor]:
     return {
         name.removeprefix(_PREFIX): tensor.to(compute_dtype(policy.compute_type))
         for name, tensor in state.items()
-        if not (policy.tied_embeddings and name == output_name)
+        if isinstance(tensor, Tensor) and not (policy.tied_embeddings and name == output_name)
     }
 
 

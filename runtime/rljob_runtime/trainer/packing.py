@@ -1,7 +1,7 @@
 """Which rows go together: mini-batches of whole groups, shares of ranks, micro-batches under a token budget.
 
-All of it is a pure function of lengths, so that every rank, each holding the whole batch, comes to the same plan without
-a word.
+All of it is a pure function of lengths, so that every rank, each holding the whole batch, comes to the same plan
+without a word.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -92,10 +92,10 @@ class UpdateSettings:
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """Values of one row, arrays [T]; 0 and Source.NONE where a token is not trainable."""
+    """Values of one row, arrays [T]. Tokens that are not trained have no meaningful old log-probability."""
 
     target_logprobs: NDArray[np.float32]
-    """Of the row's first training forward; later epochs are not recorded. Prompt and observation tokens have values too."""
+    """Of the row's first training forward; later epochs are not recorded. All tokens but the first have one."""
     old_logprobs: NDArray[np.float32]
     source: NDArray[np.int8]
 
@@ -255,9 +255,9 @@ def _backward(
     world_size: int,
     sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of one micro-batch; adds to `sums`, returns detached target and old log-probabilities [B, T].
+    """Forward and backward of one micro-batch; adds to `sums`, returns detached target and old log-probabilities.
 
-    Collective, also without rows.
+    Both are [B, T]. Collective, also without rows.
     """
 
     def padded(arrays: Sequence[NDArray[np.generic]], fill: float, dtype: type[np.generic]) -> Tensor:
@@ -294,7 +294,7 @@ def _backward(
     if settings.entropy_coefficient:
         loss = loss - settings.entropy_coefficient * entropy / denominator
     # FSDP averages gradients over ranks; the loss is a sum over them.
-    (loss * world_size).backward()
+    torch.autograd.backward(loss * world_size)
 
     share = stats["mask_tokens"]
     sums += torch.stack(
@@ -338,17 +338,17 @@ def _gather(batch: TrainBatch, own: Mapping[int, TokenRecord], device: torch.dev
 
 
 def _report(batch: TrainBatch, norms: Sequence[float], sums: _Sums, records: tuple[TokenRecord, ...]) -> UpdateReport:
-    def joined(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-        return np.concatenate([*arrays, np.zeros(0, arrays[0].dtype if arrays else np.int64)])
+    def joined(arrays: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+        return np.concatenate([*arrays, np.zeros(0)]).astype(dtype)
 
-    source_N = joined([record.source for record in records])
+    source_N = joined([record.source for record in records], np.int8)
     trainable_N = source_N != Source.NONE
     trained_N = trainable_N & (source_N != Source.MISSING)
     log_discrepancy_N = (
-        joined([record.old_logprobs.astype(np.float64) for record in records])
-        - joined([row.behavior_logprobs.astype(np.float64) for row in batch.rows])
+        joined([record.old_logprobs for record in records], np.float64)
+        - joined([row.behavior_logprobs for row in batch.rows], np.float64)
     )[trained_N]
-    staleness_N = joined([row.staleness for row in batch.rows])[trained_N]
+    staleness_N = joined([row.staleness for row in batch.rows], np.int32)[trained_N]
     num_trainable, num_trained = int(trainable_N.sum()), int(trained_N.sum())
     num_updates, tokens = max(1, len(norms)), max(1.0, sums.tokens)
     return UpdateReport(
