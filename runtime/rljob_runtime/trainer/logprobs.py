@@ -78,10 +78,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits_CV = _logits(hidden_ND[chunk], weight_VD, temperature)
             normalizer_C = torch.logsumexp(logits_CV, dim=-1)
             log_normalizer_N[chunk] = normalizer_C
-            logprobs_N[chunk] = logits_CV.gather(1, targets_N[chunk, None]).squeeze(1) - normalizer_C
+            logprobs_CV = logits_CV.sub_(normalizer_C[:, None])
+            logprobs_N[chunk] = logprobs_CV.gather(1, targets_N[chunk, None]).squeeze(1)
             if entropy_N is not None:
-                probabilities_CV = (logits_CV - normalizer_C[:, None]).exp_()
-                entropy_N[chunk] = normalizer_C - probabilities_CV.mul_(logits_CV).sum(dim=-1)
+                # Not as log Z - E[logit]: large logits would cancel to a few digits.
+                entropy_N[chunk] = -logprobs_CV.exp().mul_(logprobs_CV).sum(dim=-1)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_normalizer_N, entropy_N)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
