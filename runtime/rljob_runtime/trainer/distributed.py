@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rljob_api.errors import AcceleratorMissing
@@ -53,7 +52,7 @@ def distributed_world(kind: DeviceKind, *, timeout_seconds: float) -> Iterator[W
     device = _device(kind, int(os.environ.get("LOCAL_RANK", "0")) if launched else 0)
     dist.init_process_group(
         backend="nccl" if kind == "cuda" else "gloo",
-        store=None if launched else HashStore(),
+        store=None if launched else dist.HashStore(),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_seconds),

@@ -112,8 +112,8 @@ def build_policy(model_directory: Path, *, compute_type: ComputeType, device: to
     )
     for layer in causal_lm.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed_precision)
-    # By default the root stays gathered after a forward: a pass without gradient would leave the old weights in place
-    # for the next forward, whatever was written to the shards in between.
+    # By default the root stays gathered after a forward without gradient: its parameters would then be copies in the
+    # compute type, and snapshots and switches must reach the fp32 masters.
     fully_shard(policy, mesh=mesh, mp_policy=mixed_precision, reshard_after_forward=True)
     return policy
 

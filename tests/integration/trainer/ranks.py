@@ -44,11 +44,12 @@ def step(
     store: SnapshotStore,
     chosen: UpdateSettings,
     world: World,
+    rate: float = TRAINING.learning_rate,
 ) -> UpdateReport:
     """One step's scoring and updates, the batch coming from rank 0 as it does in a job."""
     batch = broadcast_batch(batch if world.is_main else None, world.device)
     old = resolve_batch(policy, batch, store, chosen, world)
-    return train_on(policy, optimizer, batch, old, chosen, world, rate=TRAINING.learning_rate)
+    return train_on(policy, optimizer, batch, old, chosen, world, rate=rate)
 
 
 def check_exactness(folder: Path, world: World, compute_type: ComputeType, tied: bool) -> dict[str, bool]:
@@ -119,12 +120,13 @@ def check_updates(folder: Path, world: World) -> dict[str, float]:
         if name == "a rank without rows":  # one sample a group has advantage 0: give it some
             rows = tuple(dataclasses.replace(row, advantages=(row.turn + 1.0).astype(np.float32)) for row in batch.rows)
             batch = dataclasses.replace(batch, rows=rows)
-        optimizer = build_optimizer(policy, TRAINING)
+        # Plain gradient descent: AdamW divides by the gradient's own size, which blows rounding up to the rate itself.
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         store = SnapshotStore(torch.float32)
         store.save(0, policy)
-        step(policy, optimizer, make_batch(5, version=0, max_staleness=0), store, settings(), world)
+        step(policy, optimizer, make_batch(5, version=0, max_staleness=0), store, settings(), world, rate=0.2)
         store.save(1, policy)
-        report = step(policy, optimizer, batch, store, chosen, world)
+        report = step(policy, optimizer, batch, store, chosen, world, rate=0.2)
         results |= {
             f"{name}: {field.name}": float(getattr(report, field.name))
             for field in dataclasses.fields(report)

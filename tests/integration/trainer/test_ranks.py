@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def torchrun(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Findings of one rank, then of two, then of one that goes on from the checkpoint of two."""
     folder = tmp_path_factory.mktemp("ranks")
     make_model(folder / "tied", tied=True)
@@ -62,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         torchrun(folder)
         later = check_checkpoint(folder, world, save=False, load_from=2)
         (folder / "one-from-two.json").write_text(json.dumps(later))
-    yield folder
+    return folder
 
 
 def findings(folder: Path, size: int) -> dict[str, Any]:
@@ -91,9 +90,8 @@ def test_one_and_two_ranks_make_the_same_update(folder: Path, case: str) -> None
     start = load_file(folder / "flat" / "model.safetensors")
     assert weights.keys() == of_two.keys() == start.keys()
     for name, tensor in weights.items():
-        # AdamW divides by the gradient's own size: where a gradient is all rounding, so is the update.
-        torch.testing.assert_close(tensor, of_two[name], rtol=0, atol=2e-6, msg=name)
-        assert (tensor - start[name]).abs().max() > 1e-3
+        torch.testing.assert_close(tensor, of_two[name], rtol=0, atol=1e-6)
+        assert (tensor - start[name]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("size", "came_from"), [(1, 1), (2, 2), (2, 1), (1, 2)])
