@@ -5,7 +5,8 @@ RljobError
 ├── ProtocolError
 │   ├── MalformedMessage   bytes on a stream, in a key or in a file are not what their schema says
 │   ├── Fenced             a newer epoch, term or revision exists; the writer must stop
-│   └── DeadlineExceeded   a wait ran out of time
+│   ├── DeadlineExceeded   a wait ran out of time
+│   └── MessagingUnavailable  there is no NATS server, or it refuses this client
 ├── StorageError
 │   ├── BlobCorrupt        digest or size differs from the manifest
 │   ├── BlobMissing        the store has no blob of that name
@@ -68,6 +69,10 @@ class Fenced(ProtocolError):
 
 class DeadlineExceeded(ProtocolError):
     """A wait reached its deadline."""
+
+
+class MessagingUnavailable(ProtocolError):
+    """There is no NATS server to talk to, or it refuses this client."""
 
 
 class StorageError(RljobError):

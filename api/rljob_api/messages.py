@@ -253,6 +253,10 @@ class StepReport(WireMessage):
     tokens_trained: int
     """Cumulative, as the counters below: model tokens that entered a step's batch and were not dropped."""
     tokens_dropped: dict[str, int] = Field(default_factory=dict)
+    tokens_pending: int = 0
+    """Received by the trainer, neither trained nor dropped yet."""
+    last_sequence: int = 0
+    """Last message of the trajectory stream that the counters cover."""
     groups_without_variance: int = 0
     seconds_waiting: float = 0.0
     seconds_scoring: float = 0.0

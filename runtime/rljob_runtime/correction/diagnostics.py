@@ -1,7 +1,7 @@
 """What a batch's staleness and discrepancy look like, and whether staleness has leaked into the discrepancy ratio.
 
-Shapes: N model tokens (inside the mask) of a batch or of many, flat. C cells: the tokens of one trajectory in one stratum.
-Arguments may be numpy arrays or CPU tensors without gradient.
+Shapes: N model tokens (inside the mask) of a batch or of many, flat. C cells: the tokens of one trajectory in one
+stratum. Arguments may be numpy arrays or CPU tensors without gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 
 
 def staleness_distribution(staleness_N: ArrayLike) -> Distribution:
-    """Token-weighted staleness: mean, nearest-rank median and 95th percentile, maximum, histogram; zeros without tokens."""
+    """Token-weighted mean, nearest-rank median and 95th percentile, maximum and histogram; zeros without tokens."""
     staleness_N = _ints(staleness_N)
     if staleness_N.size == 0:
         return Distribution()
@@ -34,7 +34,7 @@ def staleness_distribution(staleness_N: ArrayLike) -> Distribution:
 
 
 def discrepancy_by_staleness(log_discrepancy_N: ArrayLike, staleness_N: ArrayLike) -> dict[str, BucketStats]:
-    """Statistics of log r_d per staleness (as text, ascending): flat when the old policy is right, rising when it is not.
+    """Statistics of log r_d per staleness (as text, ascending): flat if the old policy is right, rising if not.
 
     Raises:
         ValueError: the lengths differ, or a log ratio is not finite.
@@ -75,18 +75,18 @@ def flatness_test(
     num_permutations: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Permutation test of "the size of log r_d does not depend on staleness": (statistic, p-value), exact under the null.
+    """Permutation test of "the size of log r_d does not depend on staleness": (statistic, p-value).
 
-    Engine noise differs between positions and between phases of training, and so does staleness; neither may count as a
-    leak. And tokens of one trajectory share their noise: shuffling tokens would find significance everywhere. So
+    Engine noise differs between positions and between phases of training, and so does staleness; neither may count as
+    a leak. And tokens of one trajectory share their noise: shuffling tokens would find significance everywhere. So
 
-    * a cell is the tokens of one trajectory in one stratum. It has a mean square of log r_d, relative to the mean square
-      of all tokens of the stratum, and one staleness label, the rounded mean over its tokens;
+    * a cell is the tokens of one trajectory in one stratum. It has a mean square of log r_d, relative to the mean
+      square of all tokens of the stratum, and one staleness label, the rounded mean over its tokens;
     * the statistic is the token-weighted standard deviation, over staleness labels, of the relative RMS: 0.1 says that
       buckets differ by about a tenth;
     * a permutation lets whole trajectories exchange their staleness labels, all strata at once, and only trajectories
-      that occupy the same set of strata (so: of like length, from the same phase). That keeps the dependence between the
-      cells of a trajectory as it was.
+      that occupy the same set of strata (so: of like length, from the same phase). That keeps the dependence between
+      the cells of a trajectory as it was, and makes the p-value exact where trajectories are exchangeable.
 
     Positions should be cut into few, wide bins: a set of strata that only one trajectory occupies has nothing to be
     exchanged with and adds no power. If nothing can be exchanged, or all labels agree, the p-value is 1.
