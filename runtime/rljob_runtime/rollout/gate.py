@@ -23,11 +23,10 @@ MAX_SPURIOUS_ABORTS = 100
 
 @dataclass(slots=True)
 class GateCounters:
-    """Tokens and interruptions, as the gate saw them."""
+    """Tokens, as the gate saw them."""
 
     tokens_generated: int = 0
     tokens_salvaged: int = 0
-    interruptions: int = 0
     spurious_aborts: int = 0
 
 
@@ -140,7 +139,6 @@ class Gate:
             DeadlineExceeded: a request did not return.
         """
         self._open.clear()
-        self.counters.interruptions += 1
         try:
             async with asyncio.timeout(deadline_seconds):
                 await self._engine.pause()
