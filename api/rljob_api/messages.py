@@ -35,6 +35,13 @@ class PublishedVersion(WireMessage):
     """True for the last version of the job: nothing more will be trained."""
 
 
+class RetainedVersions(WireMessage):
+    """Control key `retained`: versions whose blobs are kept, oldest first. A replay after a resume scores with them."""
+
+    epoch: int = Field(ge=1)
+    versions: tuple[PublishedVersion, ...]
+
+
 class TermClaim(WireMessage):
     """Control key `term`: the coordinator's incarnation, claimed by compare-and-set."""
 

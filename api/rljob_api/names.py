@@ -72,6 +72,7 @@ class JobNames:
 # Keys of the control bucket.
 KEY_EPOCH = "epoch"  # EpochClaim, written by trainer rank 0
 KEY_PUBLISHED = "published"  # PublishedVersion, written by trainer rank 0
+KEY_RETAINED = "retained"  # RetainedVersions, written by trainer rank 0
 KEY_CHECKPOINT = "checkpoint"  # CheckpointPointer, written by trainer rank 0
 KEY_TERM = "term"  # TermClaim, written by the coordinator
 KEY_DESIRED = "desired"  # DesiredVersion, written by the coordinator

@@ -144,16 +144,22 @@ def step_of_version(ledger: Ledger, version: int) -> int:
 
 
 def staleness_of(ledger: Ledger, version: int) -> int:
-    """Steps between a token's version and the coming step; never negative.
+    """Steps between a token's version and the coming step; 0 for the present version only.
 
-    A version that a resume rolled back can have been made for a later step than the present one: it counts as fresh.
+    A version that a resume rolled back may be numbered for the present step or a later one, and its weights are others
+    all the same: it counts as one step old.
     """
-    return max(0, ledger.steps_trained - step_of_version(ledger, version))
+    if version == ledger.version:
+        return 0
+    return max(1, ledger.steps_trained - step_of_version(ledger, version))
 
 
 def on_resume(ledger: Ledger, version: int) -> Ledger:
     """The checkpointed ledger under a new version number for the same step; its samples are to be read again."""
-    groups = {task: replace(group, samples=MappingProxyType({}), first_finished_at=None) for task, group in ledger.groups.items()}
+    groups = {
+        task: replace(group, samples=MappingProxyType({}), first_finished_at=None)
+        for task, group in ledger.groups.items()
+    }
     return replace(
         ledger,
         version=version,
@@ -201,9 +207,7 @@ def _min_version(ledger: Ledger, settings: AdmissionSettings, ordinal: int) -> i
 # ---------------------------------------------------------------------------------------------------------- samples
 
 
-def on_sample(
-    ledger: Ledger, settings: AdmissionSettings, seen: SampleSeen, now: float
-) -> tuple[Ledger, Verdict]:
+def on_sample(ledger: Ledger, settings: AdmissionSettings, seen: SampleSeen, now: float) -> tuple[Ledger, Verdict]:
     """Take in a trajectory message; the first one of a (task, sample) counts."""
     ledger = replace(ledger, last_sequence=max(ledger.last_sequence, seen.sequence))
     group = ledger.groups.get(seen.task)
@@ -261,9 +265,7 @@ def _is_finished(settings: AdmissionSettings, group: Group, now: float) -> bool:
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-def take_batch(
-    ledger: Ledger, settings: AdmissionSettings, now: float
-) -> tuple[Ledger, tuple[BatchGroup, ...] | None]:
+def take_batch(ledger: Ledger, settings: AdmissionSettings, now: float) -> tuple[Ledger, tuple[BatchGroup, ...] | None]:
     """Take the next step's groups out of the ledger, oldest deadline first; None while they are not there.
 
     Under `Wait` the step starts only if no group can be left over the bound: for every k in 0..eta, the groups that the
@@ -282,7 +284,9 @@ def take_batch(
     if settings.on_exceeded is OnExceeded.WAIT and not _rest_fits(ledger, settings, taken, now):
         return ledger, None
     batch = tuple(
-        BatchGroup(task, tuple(sorted(number for number, sample in ledger.groups[task].samples.items() if sample.scored)))
+        BatchGroup(
+            task, tuple(sorted(number for number, sample in ledger.groups[task].samples.items() if sample.scored))
+        )
         for _, task in ready[: settings.tasks_per_step]
     )
     used = set(ledger.used_ordinals) | {ledger.groups[task].ordinal for task in taken}
@@ -310,9 +314,7 @@ def _deadline(ledger: Ledger, settings: AdmissionSettings, group: Group, now: fl
 
 
 def _rest_fits(ledger: Ledger, settings: AdmissionSettings, taken: set[int], now: float) -> bool:
-    deadlines = [
-        _deadline(ledger, settings, group, now) for task, group in ledger.groups.items() if task not in taken
-    ]
+    deadlines = [_deadline(ledger, settings, group, now) for task, group in ledger.groups.items() if task not in taken]
     return all(
         sum(deadline <= ledger.steps_trained + k for deadline in deadlines) <= k * settings.tasks_per_step
         for k in range(settings.max_versions + 1)
@@ -380,7 +382,10 @@ def ledger_from_json(value: Mapping[str, Any]) -> Ledger:
             int(task): Group(
                 ordinal=int(group["ordinal"]),
                 samples=MappingProxyType(
-                    {int(k): Sample(int(s[0]), None if s[1] is None else int(s[1]), bool(s[2])) for k, s in group["samples"].items()}
+                    {
+                        int(k): Sample(int(s[0]), None if s[1] is None else int(s[1]), bool(s[2]))
+                        for k, s in group["samples"].items()
+                    }
                 ),
                 first_finished_at=group["firstFinishedAt"],
             )

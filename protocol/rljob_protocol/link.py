@@ -146,8 +146,10 @@ class Link:
                     max_outstanding_pings=3,
                 )
             except nats.errors.AuthorizationError as error:
-                raise MessagingUnavailable(f"{url} refuses these credentials: check messaging.credentialsSecretRef") from error
-            except (nats.errors.Error, OSError, asyncio.TimeoutError) as error:
+                raise MessagingUnavailable(
+                    f"{url} refuses these credentials: check messaging.credentialsSecretRef"
+                ) from error
+            except (TimeoutError, nats.errors.Error, OSError) as error:
                 await client.close()
                 if time.monotonic() >= deadline:
                     raise MessagingUnavailable(
@@ -204,7 +206,9 @@ class Link:
             if not await self._exists(config.name or ""):
                 await manager.add_stream(config)
         if not await self._exists(f"KV_{names.control_bucket}"):
-            await manager.create_key_value(KeyValueConfig(bucket=names.control_bucket, history=1, storage=StorageType.FILE))
+            await manager.create_key_value(
+                KeyValueConfig(bucket=names.control_bucket, history=1, storage=StorageType.FILE)
+            )
         if not await self._exists(f"KV_{names.liveness_bucket}"):
             await manager.create_key_value(
                 KeyValueConfig(
@@ -276,7 +280,12 @@ class Link:
         return Versioned(kind.from_bytes(entry.value), entry.revision)
 
     async def write(
-        self, key: str, value: WireMessage, *, expected_revision: int | None, deadline_seconds: float = OPERATION_SECONDS
+        self,
+        key: str,
+        value: WireMessage,
+        *,
+        expected_revision: int | None,
+        deadline_seconds: float = OPERATION_SECONDS,
     ) -> int:
         """Compare-and-set of a control key; returns the new revision. `expected_revision` None: the key must not exist.
 
@@ -410,7 +419,9 @@ class Link:
         deadline = time.monotonic() + deadline_seconds
         while True:
             try:
-                return await asyncio.wait_for(attempt(), max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic())))
+                return await asyncio.wait_for(
+                    attempt(), max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic()))
+                )
             except TRANSIENT as error:
                 if getattr(error, "err_code", None) in STREAM_FULL:
                     raise

@@ -29,7 +29,9 @@ def materialise(model: Model, directory: Path) -> Path:
     if model.path is not None:
         return _checked(Path(model.path), "spec.model.path")
     if model.persistent_volume_claim is not None:
-        raise RljobError("spec.model.persistentVolumeClaim is mounted by the operator: use spec.model.path with `rljob run`")
+        raise RljobError(
+            "spec.model.persistentVolumeClaim is mounted by the operator: use spec.model.path with `rljob run`"
+        )
     digest = hashlib.sha256(model.model_dump_json(by_alias=True).encode()).hexdigest()
     marker = directory / _MARKER
     if marker.exists() and marker.read_text() == digest:

@@ -106,7 +106,9 @@ async def _first_version(link: Link, stop: asyncio.Event) -> PublishedVersion | 
         if held is not None:
             return held.value
         if time.monotonic() >= deadline:
-            raise DeadlineExceeded(f"the trainer published no version within {FIRST_VERSION_SECONDS:g} s: look at its log")
+            raise DeadlineExceeded(
+                f"the trainer published no version within {FIRST_VERSION_SECONDS:g} s: look at its log"
+            )
         await asyncio.sleep(0.2)
     return None
 

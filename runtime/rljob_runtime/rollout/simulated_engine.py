@@ -68,7 +68,9 @@ class SimulatedEngine:
         if self._version is None:
             raise EngineError("the simulated engine holds dummy weights: no version was applied yet")
         if not all(0 <= token < self._vocab_size for token in request.prompt):
-            raise EngineError(f"request {request.request_id}: a prompt token is outside the vocabulary of {self._vocab_size}")
+            raise EngineError(
+                f"request {request.request_id}: a prompt token is outside the vocabulary of {self._vocab_size}"
+            )
         if self._times.prefill_seconds:
             await asyncio.sleep(self._times.prefill_seconds)
         running = _Running(request, asyncio.get_running_loop().create_future(), version=self._version)
@@ -102,7 +104,9 @@ class SimulatedEngine:
             raise EnginePoisoned(f"version {manifest.version} could not be loaded: {error}") from error
         tied = bool(self._model.config.tie_word_embeddings)
         if unexpected or (set(missing) - ({"lm_head.weight"} if tied else set())):
-            raise EnginePoisoned(f"version {manifest.version}: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+            raise EnginePoisoned(
+                f"version {manifest.version}: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+            )
         self._version = manifest.version
 
     async def resume(self) -> None:

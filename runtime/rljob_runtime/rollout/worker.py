@@ -1,9 +1,9 @@
 """The rollout worker: leases samples, plays episodes, and carries out its version machine's effects.
 
-    produces    trajectories, the worker's own state, acks and releases of leases
-    consumes    tasks; desired and published versions; coordinator heartbeats; weight blobs
-    waits for   room for another episode, a leased task, the machine's next event
-    unblocked by  finished episodes, hints and timers; SIGTERM drains; a poisoned engine ends the process
+produces    trajectories, the worker's own state, acks and releases of leases
+consumes    tasks; desired and published versions; coordinator heartbeats; weight blobs
+waits for   room for another episode, a leased task, the machine's next event
+unblocked by  finished episodes, hints and timers; SIGTERM drains; a poisoned engine ends the process
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class RolloutWorker:
         self._ready: Ready | None = None
         self._fetching: asyncio.Task[None] | None = None
         self._episodes: dict[asyncio.Task[None], Episode] = {}
-        self._slots = asyncio.Semaphore(max_concurrent)
+        self._freed = asyncio.Event()
         self._tally = Tally()
         self._pauses: deque[float] = deque(maxlen=MAX_PAUSES)
         self._shut_at = 0.0
@@ -173,12 +173,13 @@ class RolloutWorker:
                 await self._stop.wait()
                 for loop in loops:
                     loop.cancel()
+                if self._fetching is not None:
+                    self._fetching.cancel()
                 await self._drain()
-        except* (EnginePoisoned, EngineError) as group:
-            error = group.exceptions[0]
-            while isinstance(error, ExceptionGroup):
-                error = error.exceptions[0]
-            await self._last_words(WorkerPhase.POISONED, str(error))
+        except ExceptionGroup as group:
+            error = _first(group)
+            if isinstance(error, EngineError):
+                await self._last_words(WorkerPhase.POISONED, str(error))
             raise error from None
         finally:
             self._threads.shutdown(wait=False, cancel_futures=True)
@@ -305,8 +306,8 @@ class RolloutWorker:
                 continue
             room = self._max_concurrent - len(self._episodes)
             if room <= 0:
-                await self._slots.acquire()
-                self._slots.release()
+                self._freed.clear()
+                await self._freed.wait()
                 continue
             for claimed in await self._queue.claim(room, CLAIM_WAIT_SECONDS):
                 if claimed.task.min_version > (self._serving_version() or 0):
@@ -334,12 +335,12 @@ class RolloutWorker:
         current = asyncio.current_task()
         extending = asyncio.create_task(self._extend(claimed))
         try:
-            async with self._slots:
-                await self._play_and_deliver(episode, claimed)
+            await self._play_and_deliver(episode, claimed)
         finally:
             extending.cancel()
             if current is not None:
                 self._episodes.pop(current, None)
+            self._freed.set()
 
     async def _play_and_deliver(self, episode: Episode, claimed: ClaimedTask) -> None:
         try:
@@ -348,7 +349,12 @@ class RolloutWorker:
             self._tally.environment_failures += 1
             self._logger.warning(
                 "environment failed",
-                extra={"task": claimed.task.task, "sample": claimed.task.sample, "attempt": claimed.attempt, "error": str(error)},
+                extra={
+                    "task": claimed.task.task,
+                    "sample": claimed.task.sample,
+                    "attempt": claimed.attempt,
+                    "error": str(error),
+                },
             )
             if claimed.attempt < self._spec.environment.max_attempts:
                 self._tally.drop(episode.num_model_tokens, "EnvironmentFailed")
@@ -396,17 +402,11 @@ class RolloutWorker:
 
     async def _last_words(self, phase: WorkerPhase, message: str, *, in_flight: int | None = None) -> None:
         self._phase = phase
-        try:
-            await self._report(message=message, in_flight=in_flight)
-        except DeadlineExceeded as error:
-            self._logger.warning("last state was not written", extra={"error": str(error)})
+        await self._report(message=message, in_flight=in_flight)
 
     async def _report_for_ever(self) -> None:
         while True:
-            try:
-                await self._report()
-            except DeadlineExceeded as error:
-                self._logger.warning("state was not written", extra={"error": str(error)})
+            await self._report()
             await asyncio.sleep(REPORT_SECONDS)
 
     async def _report(self, *, message: str = "", in_flight: int | None = None) -> None:
@@ -418,7 +418,9 @@ class RolloutWorker:
             if now - since >= 2 * REPORT_SECONDS:
                 self._rate = (generated - before) / (now - since)
                 self._last_rate = (now, generated)
-            held = sum(episode.num_model_tokens for episode in self._episodes.values()) if in_flight is None else in_flight
+            held = (
+                sum(episode.num_model_tokens for episode in self._episodes.values()) if in_flight is None else in_flight
+            )
             alive = max(now - self._started_at, 1e-9)
             state = WorkerState(
                 worker=self._identity.worker,
@@ -448,4 +450,15 @@ class RolloutWorker:
                 pause_seconds=tuple(self._pauses),
                 message=message,
             )
-            await self._link.beat(worker_key(self._identity.worker), state)
+            try:
+                await self._link.beat(worker_key(self._identity.worker), state)
+            except DeadlineExceeded as error:
+                self._logger.warning("state was not written", extra={"error": str(error)})
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    """The first single error in a group."""
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -30,11 +30,13 @@ UNKNOWN_TASK = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Finished samples of one task, in sample order."""
+class Taken:
+    """The groups of one step, taken out of the ledger."""
 
-    task: int
-    trajectories: tuple[Trajectory, ...]
+    groups: tuple[tuple[Trajectory, ...], ...]
+    """Scored samples of each group, in sample order."""
+    staleness: dict[int, int]
+    """Version -> staleness, for all versions in the groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Intake:
                 self._take_in(sequence, data)
                 if sequence >= last:
                     break
-        for task, sample in admission.outstanding(self._ledger):
+        for task, sample in admission.outstanding(self._ledger, self._settings):
             await self._publish(task, sample)
 
     async def run(self) -> None:
@@ -114,16 +116,17 @@ class Intake:
             group.create_task(self._ingest())
             group.create_task(self._pace())
 
-    async def next_batch(self, wait_seconds: float) -> tuple[Group, ...] | None:
+    async def next_batch(self, wait_seconds: float) -> Taken | None:
         """Groups of the next step, oldest first; None when they are not there within `wait_seconds`."""
         deadline = time.monotonic() + wait_seconds
         while True:
             self._ledger, batch = admission.take_batch(self._ledger, self._settings, time.monotonic())
             if batch is not None:
-                return tuple(
-                    Group(group.task, tuple(self._payloads.pop((group.task, sample)) for sample in group.samples))
-                    for group in batch
+                groups = tuple(
+                    tuple(self._payloads.pop((group.task, sample)) for sample in group.samples) for group in batch
                 )
+                versions = {version for group in groups for trajectory in group for version in trajectory.versions}
+                return Taken(groups, {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)})
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
@@ -226,6 +229,7 @@ class Intake:
         self._last_sequence = sequence
         try:
             trajectory = decode_trajectory(data)
+            _check_rewards(trajectory)
         except MalformedMessage as error:
             self._dropped["Malformed"] += 0
             self._logger.warning("trajectory refused", extra={"sequence": sequence, "error": str(error)})
@@ -267,3 +271,19 @@ class Intake:
             task=UNKNOWN_TASK, sample=0, sequence=sequence, oldest_version=None, scored=False, model_tokens=0
         )
         self._ledger, _ = admission.on_sample(self._ledger, self._settings, seen, time.monotonic())
+
+
+def _check_rewards(trajectory: Trajectory) -> None:
+    """Each model turn of a scored trajectory has a finite reward.
+
+    Raises:
+        MalformedMessage: one has not.
+    """
+    header = trajectory.header
+    if header.outcome is Outcome.ENVIRONMENT_FAILED:
+        return
+    turns = int(trajectory.turn.max()) + 1
+    if len(header.turn_rewards) < turns:
+        raise MalformedMessage(
+            f"trajectory {header.task}/{header.sample}: {len(header.turn_rewards)} turn rewards for {turns} turns"
+        )

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
 from rljob_api.weights import ModelFile
+from rljob_runtime.correction.sources import SOURCE_NAMES
 from rljob_runtime.trajectory_codec import Trajectory
 from rljob_runtime.weights.encode import EncodedVersion
 
@@ -37,7 +38,7 @@ class RecordedRow:
 
     trajectory: Trajectory
     old_logprobs: NDArray[np.float32]
-    old_source: NDArray[np.uint8]
+    old_source: NDArray[np.int8]
     target_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
     loss_mask: NDArray[np.bool_]
@@ -86,7 +87,6 @@ class Recorder:
         epoch: int,
         version_start: int,
         rows: Sequence[RecordedRow],
-        source_names: Mapping[int, str],
     ) -> None:
         """Keep one step's rows."""
         offsets = np.cumsum([0, *(row.trajectory.num_tokens for row in rows)], dtype=np.int64)
@@ -96,7 +96,7 @@ class Recorder:
             "weight_version": [row.trajectory.weight_version for row in rows],
             "behavior_logprobs": [row.trajectory.behavior_logprobs for row in rows],
             "old_logprobs": [row.old_logprobs for row in rows],
-            "old_source": [row.old_source for row in rows],
+            "old_source": [row.old_source.astype(np.uint8) for row in rows],
             "target_logprobs": [row.target_logprobs for row in rows],
             "advantages": [row.advantages for row in rows],
             "loss_mask": [row.loss_mask.astype(np.uint8) for row in rows],
@@ -108,7 +108,7 @@ class Recorder:
             "version_start": version_start,
             "temperature": self._temperature,
             "compute_type": self._compute_type,
-            "source_names": {str(code): name for code, name in source_names.items()},
+            "source_names": {str(code): name for code, name in enumerate(SOURCE_NAMES)},
             "headers": [row.trajectory.header.model_dump(mode="json", by_alias=True) for row in rows],
         }
         data = save_tensors(tensors, {RECORD_KEY: json.dumps(header)})
