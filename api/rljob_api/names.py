@@ -6,9 +6,10 @@ All NATS names carry the RLJob's UID, so a re-created job never meets the state 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-API_VERSION = "rljob.dev/v1alpha1"
-KIND = "RLJob"
+API_VERSION: Literal["rljob.dev/v1alpha1"] = "rljob.dev/v1alpha1"
+KIND: Literal["RLJob"] = "RLJob"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -140,7 +141,7 @@ class Link:
                     error_cb=failed,
                     allow_reconnect=True,
                     max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.2,
+                    reconnect_time_wait=1,
                     connect_timeout=3,
                     ping_interval=5,
                     max_outstanding_pings=3,
@@ -247,7 +248,7 @@ class Link:
             f"KV_{names.liveness_bucket}",
             f"OBJ_{names.blob_bucket}",
         ):
-            await self.retry("delete_state", lambda stream=stream: self._delete(stream))
+            await self.retry("delete_state", partial(self._delete, stream))
 
     async def _delete(self, stream: str) -> None:
         try:

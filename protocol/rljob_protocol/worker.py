@@ -256,8 +256,8 @@ def step(state: WorkerState, event: Event, now: float) -> tuple[WorkerState, tup
         case GateShut():
             if state.swap is Swap.SHUTTING and state.swapping is not None:
                 deadline = now + state.settings.apply_timeout_seconds
-                state = replace(state, swap=Swap.APPLYING, swap_deadline=deadline)
-                return state, (Apply(state.swapping),)
+                applying = Apply(state.swapping)
+                return replace(state, swap=Swap.APPLYING, swap_deadline=deadline), (applying,)
         case GateStuck(error):
             return _poison(state, f"the gate could not be shut: {error}")
         case Applied(published):

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -114,7 +115,7 @@ class Episode:
             self._said.add_turn(len(rewards), list(turn.tokens), list(turn.logprobs), list(turn.versions))
             self._partial = PartialTurn.empty()
             answer = self._renderer.decode(turn.tokens)
-            result = await self._outside("step", lambda answer=answer: environment.step(answer))
+            result = await self._outside("step", partial(environment.step, answer))
             rewards.append(float(result.reward))
             if result.done:
                 outcome = Outcome.FINISHED

@@ -43,7 +43,9 @@ class Background:
             if future.done():
                 raise
             future.cancel()
-            raise DeadlineExceeded(f"{coroutine.__qualname__} took longer than {deadline_seconds:g} s") from error
+            raise DeadlineExceeded(
+                f"{getattr(coroutine, '__qualname__', coroutine)} took longer than {deadline_seconds:g} s"
+            ) from error
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Keep a coroutine running until `stop`; should it fail, the next `call` or `check` raises its error."""

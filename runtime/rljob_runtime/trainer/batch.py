@@ -143,15 +143,23 @@ def build_batch(
     return TrainBatch(version=version, rows=rows, groups_without_variance=estimate.groups_without_variance)
 
 
-def _row(trajectory: Trajectory, advantages: NDArray[np.float32], version: int, max_versions: int) -> TrainRow:
+def _row(
+    trajectory: Trajectory,
+    advantages: NDArray[np.float32],
+    version: int,
+    max_versions: int,
+    staleness_of: Callable[[int], int],
+) -> TrainRow:
     is_model = trajectory.model_mask
-    staleness = np.where(is_model, version - trajectory.weight_version, -1).astype(np.int32)
-    if (staleness[is_model] < 0).any():
-        newest = int(trajectory.weight_version[is_model].max())
+    newest = max(trajectory.versions, default=version)
+    if newest > version:
         raise ValueError(
             f"trajectory {trajectory.header.task}/{trajectory.header.sample} has tokens of version {newest}, and the "
             f"step starts at version {version}: the batch was built before that version was published"
         )
+    staleness = np.full(trajectory.tokens.shape, -1, np.int32)
+    for made in trajectory.versions:
+        staleness[is_model & (trajectory.weight_version == made)] = staleness_of(made)
     return TrainRow(
         task=trajectory.header.task,
         sample=trajectory.header.sample,

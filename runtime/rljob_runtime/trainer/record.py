@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +91,7 @@ class Recorder:
     ) -> None:
         """Keep one step's rows."""
         offsets = np.cumsum([0, *(row.trajectory.num_tokens for row in rows)], dtype=np.int64)
-        joined = {
+        joined: dict[str, list[NDArray[Any]]] = {
             "tokens": [row.trajectory.tokens for row in rows],
             "turn": [row.trajectory.turn for row in rows],
             "weight_version": [row.trajectory.weight_version for row in rows],
@@ -101,7 +102,9 @@ class Recorder:
             "advantages": [row.advantages for row in rows],
             "loss_mask": [row.loss_mask.astype(np.uint8) for row in rows],
         }
-        tensors = {name: np.concatenate(parts) for name, parts in joined.items()} | {"row_offsets": offsets}
+        tensors: dict[str, NDArray[Any]] = {name: np.concatenate(parts) for name, parts in joined.items()} | {
+            "row_offsets": offsets
+        }
         header = {
             "step": step,
             "epoch": epoch,
