@@ -260,6 +260,8 @@ class StepReport(WireMessage):
     tokens_trained: int
     """Cumulative, as the counters below: model tokens that entered a step's batch and were not dropped."""
     tokens_dropped: dict[str, int] = Field(default_factory=dict)
+    tokens_received: dict[str, int] = Field(default_factory=dict)
+    """Model tokens in the trajectories read so far, by worker incarnation."""
     tokens_pending: int = 0
     """Received by the trainer, neither trained nor dropped yet."""
     last_sequence: int = 0

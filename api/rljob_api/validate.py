@@ -7,6 +7,7 @@ say is also what the CRD's CEL will say, so each has one fixed text.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic.alias_generators import to_snake
 from pydantic_core import ErrorDetails
 
 from rljob_api.errors import SpecError, Violation
-from rljob_api.spec import OldLogprobs, RLJob, RLJobSpec, Sampling
+from rljob_api.spec import Model, OldLogprobs, RLJob, RLJobSpec, Sampling
 
 LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 NAME_LENGTH, POOL_NAME_LENGTH = 40, 16
@@ -46,7 +47,7 @@ def parse_job(document: object) -> RLJob:
     violations = violations_of(document)
     if violations:
         raise SpecError(violations)
-    return RLJob.model_validate(document)
+    return _read(document)
 
 
 def violations_of(document: object) -> tuple[Violation, ...]:
@@ -56,11 +57,19 @@ def violations_of(document: object) -> tuple[Violation, ...]:
             Violation("", _show(document), "an RLJob is a mapping", "Start with apiVersion, kind, metadata and spec"),
         )
     try:
-        job = RLJob.model_validate(document)
+        job = _read(document)
     except ValidationError as error:
-        found = [_translate(problem) for problem in error.errors()]
+        problems = error.errors()
+        # A list whose item failed is also reported as too short: that is the same fault twice.
+        inner = {problem["loc"][:depth] for problem in problems for depth in range(1, len(problem["loc"]))}
+        found = [_translate(p) for p in problems if not (p["type"] == "too_short" and p["loc"] in inner)]
         return tuple(dict.fromkeys((*found, *_rules_despite_errors(document, error))))
     return tuple(_rules(job))
+
+
+def _read(document: object) -> RLJob:
+    """Strictly, as the API server does: "4" is no integer and 1 is no boolean, while lists and enum names are as in JSON."""
+    return RLJob.model_validate_json(json.dumps(document), strict=True)
 
 
 def ignored_locally(job: RLJob) -> tuple[str, ...]:
@@ -192,14 +201,23 @@ def _rules_despite_errors(document: Mapping[Any, Any], error: ValidationError) -
     """Rules over what is left when the faulty fields are taken out, so that one run names everything it can."""
     pruned = _without(document, [problem["loc"] for problem in error.errors()])
     try:
-        return tuple(_rules(RLJob.model_validate(pruned)))
+        return tuple(_rules(_read(pruned)))
     except ValidationError:
-        spec = pruned.get("spec")
-        sampling = spec.get("sampling") if isinstance(spec, Mapping) else None
+        return tuple(_rules_of_parts(pruned))
+
+
+def _rules_of_parts(document: Mapping[Any, Any]) -> Iterator[Violation]:
+    """Rules that need only a part of the job, when the whole cannot be read."""
+    metadata, spec = document.get("metadata"), document.get("spec")
+    if isinstance(metadata, Mapping) and isinstance(metadata.get("name"), str):
+        yield from _job_name_rules(metadata["name"])
+    if not isinstance(spec, Mapping):
+        return
+    for field, model, rules in (("sampling", Sampling, _sampling_rules), ("model", Model, _model_rules)):
         try:
-            return tuple(_sampling_rules(Sampling.model_validate(sampling or {})))
+            yield from rules(model.model_validate_json(json.dumps(spec.get(field) or {}), strict=True))
         except ValidationError:
-            return ()
+            continue
 
 
 def _without(value: Any, locations: list[tuple[int | str, ...]]) -> Any:
@@ -225,8 +243,7 @@ def _rules(job: RLJob) -> Iterator[Violation]:
     yield from _failure_rules(spec)
 
 
-def _name_rules(job: RLJob) -> Iterator[Violation]:
-    name = job.metadata.name
+def _job_name_rules(name: str) -> Iterator[Violation]:
     if len(name) > NAME_LENGTH or not LABEL.fullmatch(name):
         yield Violation(
             "metadata.name",
@@ -234,6 +251,10 @@ def _name_rules(job: RLJob) -> Iterator[Violation]:
             f"must be an RFC 1035 label of at most {NAME_LENGTH} characters: names of pods and hosts are made from it",
             "Use lower-case letters, digits and '-', beginning with a letter",
         )
+
+
+def _name_rules(job: RLJob) -> Iterator[Violation]:
+    yield from _job_name_rules(job.metadata.name)
     seen: set[str] = set()
     for index, pool in enumerate(job.spec.rollout_pools):
         path = f"spec.rolloutPools[{index}].name"
@@ -258,8 +279,8 @@ def _name_rules(job: RLJob) -> Iterator[Violation]:
             )
 
 
-def _union_rules(spec: RLJobSpec) -> Iterator[Violation]:
-    sources = [name for name in type(spec.model).model_fields if getattr(spec.model, name) is not None]
+def _model_rules(model: Model) -> Iterator[Violation]:
+    sources = [name for name in Model.model_fields if getattr(model, name) is not None]
     if len(sources) != 1:
         yield Violation(
             "spec.model",
@@ -267,6 +288,10 @@ def _union_rules(spec: RLJobSpec) -> Iterator[Violation]:
             f"has {len(sources)} sources, needs exactly one",
             "Set one of huggingFace, persistentVolumeClaim, path, random",
         )
+
+
+def _union_rules(spec: RLJobSpec) -> Iterator[Violation]:
+    yield from _model_rules(spec.model)
     for index, pool in enumerate(spec.rollout_pools):
         if pool.engine.vllm is not None and pool.engine.simulated is not None:
             yield Violation(

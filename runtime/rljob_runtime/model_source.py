@@ -27,7 +27,7 @@ def materialise(model: Model, directory: Path) -> Path:
         RljobError: the model is not there or not usable.
     """
     if model.path is not None:
-        return _checked(Path(model.path), "spec.model.path")
+        return check_model_path(Path(model.path))
     if model.persistent_volume_claim is not None:
         raise RljobError(
             "spec.model.persistentVolumeClaim is mounted by the operator: use spec.model.path with `rljob run`"
@@ -47,6 +47,15 @@ def materialise(model: Model, directory: Path) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
     return directory
+
+
+def check_model_path(path: Path) -> Path:
+    """The path, if it is a model directory.
+
+    Raises:
+        RljobError: it is not.
+    """
+    return _checked(path, "spec.model.path")
 
 
 def _checked(path: Path, field: str) -> Path:

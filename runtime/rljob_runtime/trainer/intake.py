@@ -43,10 +43,17 @@ class Taken:
 class IntakeTotals:
     """Model tokens by their end, as far as the trainer sees them."""
 
+    received: dict[str, int]
+    """By worker incarnation."""
+    received_up_to: int
+    """Sequence that `received` covers."""
     dropped: dict[str, int]
     pending: int
     """Received and neither trained nor dropped yet."""
     last_sequence: int
+
+
+NOTHING = IntakeTotals(received={}, received_up_to=0, dropped={}, pending=0, last_sequence=0)
 
 
 def admission_settings(spec: RLJobSpec) -> AdmissionSettings:
@@ -77,7 +84,7 @@ class Intake:
         spec: RLJobSpec,
         epoch: int,
         ledger: Ledger,
-        dropped: dict[str, int],
+        totals: IntakeTotals,
         tasks: TaskQueue,
         log: TrajectoryLog,
         logger: logging.Logger,
@@ -91,7 +98,9 @@ class Intake:
         self._logger = logger
         self._payloads: dict[tuple[int, int], Trajectory] = {}
         self._early: dict[tuple[int, int], tuple[int, Trajectory]] = {}
-        self._dropped: Counter[str] = Counter(dropped)
+        self._dropped: Counter[str] = Counter(totals.dropped)
+        self._received: Counter[str] = Counter(totals.received)
+        self._received_up_to = totals.received_up_to
         self._last_sequence = admission.cursor(ledger)
         self._changed = asyncio.Condition()
 
@@ -150,7 +159,13 @@ class Intake:
         """Where the tokens are, for the step report."""
         pending = sum(t.num_model_tokens for t in self._payloads.values())
         pending += sum(t.num_model_tokens for _, t in self._early.values())
-        return IntakeTotals(dict(self._dropped), pending, self._last_sequence)
+        return IntakeTotals(
+            received=dict(self._received),
+            received_up_to=self._received_up_to,
+            dropped=dict(self._dropped),
+            pending=pending,
+            last_sequence=self._last_sequence,
+        )
 
     async def snapshot(self) -> tuple[dict[str, object], int]:
         """The ledger for a checkpoint, and the cursor below which the stream may be cut."""
@@ -236,6 +251,10 @@ class Intake:
             self._pass(sequence)
             return
         header = trajectory.header
+        if sequence > self._received_up_to:
+            # A resume reads what lies between the cursor and its checkpoint again: it was counted then.
+            self._received_up_to = sequence
+            self._received[f"{header.worker}/{header.incarnation}"] += trajectory.num_model_tokens
         if header.task >= self._ledger.next_task:
             # Finished under a trainer that died after its last checkpoint: its number will be admitted again.
             self._early[(header.task, header.sample)] = (sequence, trajectory)

@@ -212,7 +212,8 @@ class Leader:
         counters: dict[str, JsonValue] = {
             "tokensTrained": self._tokens_trained,
             "tokensDropped": dict(totals.dropped),
-            "cursor": self._cursor,
+            "tokensReceived": dict(totals.received),
+            "receivedUpTo": totals.received_up_to,
         }
         return CheckpointState(epoch=self.epoch, version=version, step=step, ledger=ledger, counters=counters)
 

@@ -7,13 +7,15 @@ import logging
 import os
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
+from rljob_api.base import FrozenModel
 from rljob_api.errors import CheckpointCorrupt, RljobError
 from rljob_api.messages import CheckpointPointer, PublishedVersion
 from rljob_api.names import JobNames
@@ -27,7 +29,7 @@ from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.checkpoint import load_checkpoint
 from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world
-from rljob_runtime.trainer.intake import Intake
+from rljob_runtime.trainer.intake import NOTHING, Intake
 from rljob_runtime.trainer.leader import OUTAGE_SECONDS, Leader
 from rljob_runtime.trainer.loop import Trainer
 from rljob_runtime.trainer.model import Policy, build_policy, compute_dtype, full_state
@@ -40,8 +42,6 @@ from rljob_runtime.weights.encode import MODEL_FILES
 
 COLLECTIVE_SECONDS = 600.0
 PROBE_SEED = 20_605
-EXIT_STOPPED = 3
-"""Told to stop: checkpointed, not finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Start:
 
 
 def main() -> int:
-    """Train; 0 when all steps are done, 3 when stopped in order, 1 for an error that the log explains."""
+    """Train; 0 when all steps are done or the trainer was stopped in order, 1 for an error that the log explains."""
     settings = RuntimeSettings.from_environment(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     logger = logs.configure(f"trainer-{rank}")
@@ -72,7 +72,17 @@ def main() -> int:
     except RljobError as error:
         logger.error("trainer failed", extra={"error": str(error), "kind": type(error).__name__})
         return 1
-    return 0 if finished else EXIT_STOPPED
+    logger.info("trainer ended", extra={"finished": finished})
+    return 0
+
+
+class Counters(FrozenModel):
+    """Token counters of a checkpoint, as `Leader.checkpoint_state` writes them."""
+
+    tokens_trained: int = 0
+    tokens_dropped: dict[str, int] = Field(default_factory=dict)
+    tokens_received: dict[str, int] = Field(default_factory=dict)
+    received_up_to: int = 0
 
 
 class _StopFlag:
@@ -213,13 +223,17 @@ def _make_leader(
             logger=logger,
         )
         recorder.add_model_files(files, model_directory)
-    dropped = counters.get("tokensDropped", {})
-    trained = counters.get("tokensTrained", 0)
+    counted = Counters.model_validate(counters)
     intake = Intake(
         spec=spec,
         epoch=publisher.epoch,
         ledger=ledger,
-        dropped={str(k): int(v) for k, v in dropped.items()} if isinstance(dropped, dict) else {},
+        totals=replace(
+            NOTHING,
+            dropped=counted.tokens_dropped,
+            received=counted.tokens_received,
+            received_up_to=counted.received_up_to,
+        ),
         tasks=TaskQueue(link),
         log=TrajectoryLog(link),
         logger=logger,
@@ -231,7 +245,7 @@ def _make_leader(
         intake=intake,
         store=store,
         cache=settings.cache_dir / "versions",
-        tokens_trained=int(trained) if isinstance(trained, int) else 0,
+        tokens_trained=counted.tokens_trained,
         spec=spec,
         model_files=files,
         recorder=recorder,

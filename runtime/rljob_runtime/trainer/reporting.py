@@ -70,6 +70,7 @@ def step_report(
         mean_trajectory_tokens=float(np.mean([t.num_tokens for t in trajectories])),
         tokens_trained=tokens_trained,
         tokens_dropped=totals.dropped,
+        tokens_received=totals.received,
         tokens_pending=totals.pending,
         last_sequence=totals.last_sequence,
         groups_without_variance=groups_without_variance,
