@@ -72,7 +72,7 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """One token a character after pad (0), end (1) and begin (2); unknown characters are refused by the renderer."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s:.)"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=BEGIN, clean_up_tokenization_spaces=False
