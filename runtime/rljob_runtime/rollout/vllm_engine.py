@@ -23,6 +23,7 @@ from rljob_runtime.rollout.vllm_environment import prepare_environment
 CPU_KV_CACHE_BYTES = 256 << 20
 CPU_BLOCK_SIZE = 32
 MIN_BATCHED_TOKENS = 4096
+LATE_ABORT_SECONDS = 0.002
 FUSED_PARTNERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -50,6 +51,7 @@ class VllmEngine:
         self._engine: Any = None
         self._vocab_size = 0
         self._probes = itertools.count()
+        self._in_flight: set[str] = set()
 
     async def start(self) -> None:
         """Start AsyncLLM with dummy weights from a folder with config and tokenizer files only."""
@@ -124,6 +126,10 @@ class VllmEngine:
     async def pause(self) -> None:
         """Abort everything in flight and stop scheduling; caches are cleared."""
         await self._call("pause", self._engine.pause_generation(mode="abort", clear_cache=True))
+        # A request that was on its way when the engine paused waits there for the resume: it is aborted by name.
+        while self._in_flight:
+            await self._call("abort", self._engine.abort(list(self._in_flight)))
+            await asyncio.sleep(LATE_ABORT_SECONDS)
 
     async def apply(self, manifest: WeightManifest, weights: Path) -> None:
         """Load a version; everything that can be checked is checked before the engine is touched."""
@@ -165,6 +171,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         last = None
+        self._in_flight.add(request_id)
         try:
             async for output in self._engine.generate({"prompt_token_ids": list(prompt)}, sampling, request_id):
                 last = output
@@ -172,6 +179,8 @@ class VllmEngine:
             raise EngineError("the engine died: it must be started again") from error
         except (EngineGenerateError, ValueError) as error:
             raise EngineError(f"request {request_id} was refused: {error}") from error
+        finally:
+            self._in_flight.discard(request_id)
         if last is None:
             raise EngineError(f"request {request_id} ended without any output")
         return last
