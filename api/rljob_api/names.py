@@ -6,9 +6,10 @@ All NATS names carry the RLJob's UID, so a re-created job never meets the state 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-API_VERSION = "rljob.dev/v1alpha1"
-KIND = "RLJob"
+API_VERSION: Final = "rljob.dev/v1alpha1"
+KIND: Final = "RLJob"
 
 
 @dataclass(frozen=True, slots=True)
