@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -35,6 +35,8 @@ def as_sent(document: object) -> tuple[Any, tuple[Violation, ...]]:
         match value:
             case int() if not -(1 << 63) <= value < 1 << 63:
                 return refuse(loc, value, "must fit into 64 bits", "Choose a smaller number.")
+            case str() if not _is_text(value):
+                return refuse(loc, value, "is not valid Unicode", "Write the character itself, not half of an escape.")
             case None | bool() | int() | str():
                 return value
             case float():
@@ -43,9 +45,9 @@ def as_sent(document: object) -> tuple[Any, tuple[Violation, ...]]:
                 return int(value) if value.is_integer() and abs(value) < _MAX_WHOLE else value
             case Mapping():
                 for key in value:
-                    if not isinstance(key, str):
+                    if not _is_text(key):
                         refuse(loc, key, "has a key that is not text", "Put the key in quotes.")
-                return {key: convert(item, (*loc, key)) for key, item in value.items() if isinstance(key, str)}
+                return {key: convert(item, (*loc, key)) for key, item in value.items() if _is_text(key)}
             case list() | tuple():
                 return [convert(item, (*loc, index)) for index, item in enumerate(value)]
             case _:
@@ -54,9 +56,16 @@ def as_sent(document: object) -> tuple[Any, tuple[Violation, ...]]:
     return convert(document, ()), tuple(violations)
 
 
+def _is_text(value: object) -> bool:
+    # Half of a surrogate pair is a Python str, but no JSON parser takes it.
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _shortened(value: object) -> str:
     # An integer of more than 4300 digits refuses to be written out.
-    return hex(value)[:40] + "…" if isinstance(value, int) else repr(value)[:80]
+    if isinstance(value, int) and value.bit_length() > 64:
+        return hex(value)[:40] + "…"
+    return repr(value)[:80]
 
 
 def partial_model(model: type[M], document: Mapping[str, Any], bad: frozenset[Loc], loc: Loc = ()) -> M:
@@ -87,8 +96,9 @@ def partial_model(model: type[M], document: Mapping[str, Any], bad: frozenset[Lo
         elif any(path[: len(here)] == here for path in bad):
             absent.append(name)
         else:
-            values[name] = TypeAdapter[Any](field.annotation).validate_python(value)
-    made = model.model_construct(_fields_set=set(values), **values)
+            values[name] = TypeAdapter[Any](cast(Any, field.annotation)).validate_python(value)
+    written = {name for name in absent if str(model.model_fields[name].alias) in document}
+    made = model.model_construct(_fields_set=set(values) | written, **values)
     for name in absent:
         # model_construct fills in defaults: a rule must not judge a default in place of what the user wrote.
         made.__dict__.pop(name, None)

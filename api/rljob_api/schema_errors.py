@@ -48,7 +48,7 @@ def _violation(root: type[BaseModel], detail: ErrorDetails) -> Violation:
     elif kind == "extra_forbidden":
         reason, remedy = "is not a known field", _nearest_field(root, loc)
     elif kind in ("enum", "literal_error"):
-        reason, remedy = f"must be {context['expected'].replace(chr(39), '')}", "Upper and lower case count."
+        reason, remedy = f"must be {context['expected'].replace(chr(39), '')}", "Write it exactly so."
     elif kind in _BOUNDS:
         bound, text, remedy = _BOUNDS[kind]
         reason = text.format(_number(context[bound]))

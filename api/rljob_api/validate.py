@@ -81,7 +81,8 @@ def _judge(document: object) -> tuple[tuple[Violation, ...], RLJob | None]:
     try:
         job = RLJob.model_validate_json(json.dumps(sent), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        violations += schema_violations(RLJob, error)
+        reported = {violation.path for violation in violations}
+        violations += tuple(found for found in schema_violations(RLJob, error) if found.path not in reported)
         bad = frozenset(detail["loc"] for detail in error.errors(include_url=False, include_input=False))
         if () in bad:
             return violations, None  # no object, or no JSON at all: nothing to judge
