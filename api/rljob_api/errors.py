@@ -5,11 +5,16 @@ RljobError
 ├── ProtocolError
 │   ├── MalformedMessage   bytes on a stream, in a key or in a file are not what their schema says
 │   ├── Fenced             a newer epoch, term or revision exists; the writer must stop
-│   └── DeadlineExceeded   a wait ran out of time
+│   ├── DeadlineExceeded   a wait ran out of time
+│   └── MessagingUnavailable  there is no NATS server, or it refuses this client
 ├── StorageError
 │   ├── BlobCorrupt        digest or size differs from the manifest
 │   ├── BlobMissing        the store has no blob of that name
-│   └── StorageFull        no room for a blob or a record
+│   ├── StorageFull        no room for a blob or a record
+│   └── CheckpointCorrupt  a checkpoint directory is incomplete, or a file of it is not what was written
+├── TrainerError
+│   ├── AcceleratorMissing a GPU was asked for and there is no CUDA device; never a silent fallback to the CPU
+│   └── TrainingDiverged   a gradient is not finite: the update is refused before it reaches the weights
 ├── EngineError
 │   └── EnginePoisoned     the engine can no longer be trusted: it must be restarted, never served on
 └── EnvironmentFailure     the environment broke or timed out; an outcome of its own, never reward 0
@@ -66,6 +71,10 @@ class DeadlineExceeded(ProtocolError):
     """A wait reached its deadline."""
 
 
+class MessagingUnavailable(ProtocolError):
+    """There is no NATS server to talk to, or it refuses this client."""
+
+
 class StorageError(RljobError):
     """Blobs, checkpoints or records could not be written or read."""
 
@@ -80,6 +89,22 @@ class BlobMissing(StorageError):
 
 class StorageFull(StorageError):
     """There is no room left for a blob, a checkpoint or a record."""
+
+
+class CheckpointCorrupt(StorageError):
+    """The checkpoint is incomplete, or a file of it is not what was written."""
+
+
+class TrainerError(RljobError):
+    """The trainer cannot go on."""
+
+
+class AcceleratorMissing(TrainerError):
+    """A GPU was requested and this process sees no CUDA device."""
+
+
+class TrainingDiverged(TrainerError):
+    """A gradient is NaN or infinite; weights and optimizer state are those before the update."""
 
 
 class EngineError(RljobError):

@@ -35,7 +35,7 @@ _CLUSTER_ONLY = (
     "spec.trainer.template",
     "spec.rolloutPools[*].minReplicas",
     "spec.rolloutPools[*].template",
-    "spec.failurePolicy",
+    "spec.failurePolicy.rules",
 )
 
 

@@ -1,0 +1,1 @@
+"""Decoupled policy loss, ratios and diagnostics: pure tensor code (docs/algorithms.md)."""

@@ -1,0 +1,1 @@
+"""Weight versions as bytes: encode, store, fetch, verify."""

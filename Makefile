@@ -1,0 +1,45 @@
+# Two commands do everything: `make demo` and `make test`. The environment is .venv, made by `make setup` when it is missing.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+PACKAGES := api protocol operator runtime cli
+
+# CPU machines: one thread a process (two spinning OpenMP threads cost vLLM a factor of 40), nothing fetched at run time.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export DO_NOT_TRACK ?= 1
+
+.PHONY: help setup demo test lint type fmt verify bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
+
+setup:  ## make .venv and install everything (1 to 4 minutes once, then nothing)
+	@tools/setup.sh
+
+demo: setup  ## run examples/quickstart.yaml: real vLLM and torch, 2 rollout workers, 160 weight versions (about 6 minutes on 2 cores)
+	@echo "demo: training a small model to copy digits, asynchronously, on this machine (about 6 minutes on 2 cores)"
+	@$(BIN)/rljob run examples/quickstart.yaml
+
+test: setup lint type  ## lint, types, import contracts and all tests with real parts (about 10 minutes on 2 cores)
+	@echo "test: unit, protocol, numerics, integration with real nats-server, vLLM and torch (about 8 minutes on 2 cores)"
+	@$(BIN)/python -m pytest
+
+lint: setup  ## ruff and import contracts (seconds)
+	@$(BIN)/ruff check $(PACKAGES) tests bench tools
+	@$(BIN)/ruff format --check $(PACKAGES) tests bench tools
+	@$(BIN)/lint-imports --no-cache
+
+type: setup  ## strict type check (a minute when cold)
+	@$(BIN)/mypy
+
+fmt: setup  ## format the code
+	@$(BIN)/ruff check --fix $(PACKAGES) tests bench tools
+	@$(BIN)/ruff format $(PACKAGES) tests bench tools
+
+bench: setup  ## measure (docs/benchmarks.md); ratios within one run
+	@$(BIN)/python -m bench
+
+clean:  ## remove the environment, caches and runs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

@@ -1,0 +1,391 @@
+"""The coordinator of one job, pure (docs/design.md, section 5): published version and worker states in, orders out.
+
+Invariants:
+- An order is written only for a published version whose manifest was read, and never for an older epoch.
+- Generations rise by one under a term; a write that meets another writer stops this coordinator.
+- A worker's life is judged by this reader's clock since the worker's revision last rose, never by the worker's clock.
+- Counters of an incarnation that ended stay in the totals; the tokens it held count as lost in its crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from rljob_api.messages import DesiredVersion, PublishedVersion, WorkerCounters, WorkerPhase, WorkerState
+
+MAX_LAGGARDS = 10
+QUARANTINE_WORKERS = 2
+"""So many different workers must fail on a version before it is quarantined (or all of them, when there are fewer)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorSettings:
+    timeout_seconds: float = 120.0
+    """weightSync.timeoutSeconds: a worker that has not converged by then is restarted."""
+    liveness_seconds: float = 30.0
+    beat_seconds: float = 2.0
+    check_retry_seconds: float = 5.0
+    max_restarts_per_worker: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SeenWorker:
+    """A worker as this reader knows it."""
+
+    state: WorkerState
+    changed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorState:
+    """The machine's memory. All of it but counters can be rebuilt from the KV."""
+
+    settings: CoordinatorSettings
+    term: int | None = None
+    desired: DesiredVersion | None = None
+    ordered_at: float = 0.0
+    writing: DesiredVersion | None = None
+    published: PublishedVersion | None = None
+    checking: PublishedVersion | None = None
+    retry_check_at: float | None = None
+    last_good: PublishedVersion | None = None
+    quarantined: frozenset[tuple[int, int]] = frozenset()
+    failed_on: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
+    workers: Mapping[str, SeenWorker] = field(default_factory=lambda: MappingProxyType({}))
+    restarts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    restarted: frozenset[tuple[str, str]] = frozenset()
+    ended: WorkerCounters = field(default_factory=WorkerCounters)
+    crashed_tokens: int = 0
+    beat_at: float | None = None
+    stopped: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True, slots=True)
+class TermClaimed:
+    term: int
+    desired: DesiredVersion | None
+    """What an earlier term left."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedSeen:
+    published: PublishedVersion
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestChecked:
+    published: PublishedVersion
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersSeen:
+    """All worker states that the liveness bucket holds now."""
+
+    workers: tuple[WorkerState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredWritten:
+    desired: DesiredVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """Another coordinator wrote `desired`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsChanged:
+    settings: CoordinatorSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = TermClaimed | PublishedSeen | ManifestChecked | WorkersSeen | DesiredWritten | Fenced | SettingsChanged | Tick
+
+
+# ----------------------------------------------------------------------------------------------------------- effects
+
+
+@dataclass(frozen=True, slots=True)
+class CheckManifest:
+    published: PublishedVersion
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDesired:
+    desired: DesiredVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class RestartWorker:
+    worker: str
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    reason: str
+
+
+Effect = CheckManifest | WriteDesired | Beat | RestartWorker | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationSummary:
+    """What a user sees of the rollout side."""
+
+    desired: PublishedVersion | None
+    published: PublishedVersion | None
+    workers: tuple[WorkerState, ...]
+    """Live ones, by name."""
+    converged: int
+    serving: tuple[tuple[int, int], ...]
+    """(version, workers), newest first."""
+    laggards: tuple[str, ...]
+    restarts: int
+    quarantined: tuple[int, ...]
+    totals: WorkerCounters
+    crashed_tokens: int
+
+
+def new_state(settings: CoordinatorSettings) -> CoordinatorState:
+    """A coordinator that has not claimed its term yet."""
+    return CoordinatorState(settings=settings)
+
+
+def order_of(state: CoordinatorState) -> tuple[int, int]:
+    """(term, generation) of the present order; generation 0 before the first."""
+    if state.term is None:
+        return (0, 0)
+    generation = state.desired.generation if state.desired is not None and state.desired.term == state.term else 0
+    return (state.term, generation)
+
+
+def step(state: CoordinatorState, event: Event, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
+    """Advance the machine. A stopped coordinator does nothing more."""
+    if state.stopped is not None:
+        return state, ()
+    match event:
+        case TermClaimed(term, desired):
+            state = replace(state, term=term, desired=desired, ordered_at=now)
+            if desired is not None:
+                quarantined = frozenset((desired.published.epoch, version) for version in desired.quarantined)
+                state = replace(state, last_good=desired.published, quarantined=quarantined)
+        case PublishedSeen(published):
+            if state.published is None or _rank(published) > _rank(state.published):
+                state = replace(state, published=published, retry_check_at=None)
+        case ManifestChecked(published, error):
+            state = _on_manifest(state, published, error, now)
+        case WorkersSeen(workers):
+            state = _on_workers(state, workers, now)
+        case DesiredWritten(desired):
+            state = replace(state, desired=desired, writing=None, ordered_at=now)
+        case Fenced():
+            reason = "another coordinator wrote the desired version: this one stops"
+            return replace(state, stopped=reason, writing=None), (Stop(reason),)
+        case SettingsChanged(settings):
+            state = replace(state, settings=settings)
+        case Tick():
+            pass
+    return _advance(state, now)
+
+
+def _on_manifest(
+    state: CoordinatorState, published: PublishedVersion, error: str | None, now: float
+) -> CoordinatorState:
+    if state.checking is None or _rank(published) != _rank(state.checking):
+        return state
+    state = replace(state, checking=None)
+    if error is not None:
+        return replace(state, retry_check_at=now + state.settings.check_retry_seconds)
+    return replace(state, last_good=published, retry_check_at=None)
+
+
+def _on_workers(state: CoordinatorState, reported: tuple[WorkerState, ...], now: float) -> CoordinatorState:
+    workers = dict(state.workers)
+    for report in reported:
+        seen = workers.get(report.worker)
+        if seen is not None and seen.state.incarnation != report.incarnation:
+            state = _end(state, seen.state)
+            seen = None
+        if seen is None or report.revision > seen.state.revision:
+            workers[report.worker] = SeenWorker(report, now)
+            state = _note_failure(state, report)
+    for name, seen in tuple(workers.items()):
+        if seen.state.phase is WorkerPhase.STOPPED or now - seen.changed_at >= state.settings.liveness_seconds:
+            state = _end(state, seen.state)
+            del workers[name]
+    state = replace(state, workers=MappingProxyType(workers))
+    return _quarantine(state)
+
+
+def _end(state: CoordinatorState, last: WorkerState) -> CoordinatorState:
+    """An incarnation is over: keep its totals; what it held is lost unless it stopped in order."""
+    held = last.counters.tokens_in_flight
+    kept = last.counters
+    if last.phase is not WorkerPhase.STOPPED:
+        state = replace(state, crashed_tokens=state.crashed_tokens + held)
+        kept = kept.model_copy(update={"tokens_in_flight": 0})
+    return replace(state, ended=add_counters(state.ended, kept))
+
+
+def _note_failure(state: CoordinatorState, report: WorkerState) -> CoordinatorState:
+    if report.phase is not WorkerPhase.POISONED or state.desired is None:
+        return state
+    rank = _rank(state.desired.published)
+    failed = state.failed_on.get(rank, frozenset()) | {report.worker}
+    return replace(state, failed_on=MappingProxyType({**state.failed_on, rank: failed}))
+
+
+def _quarantine(state: CoordinatorState) -> CoordinatorState:
+    if state.desired is None:
+        return state
+    rank = _rank(state.desired.published)
+    failed = state.failed_on.get(rank, frozenset())
+    served = any(_serves(seen.state, state.desired.published) for seen in state.workers.values())
+    if served or len(failed) < QUARANTINE_WORKERS:
+        return state
+    return replace(state, quarantined=state.quarantined | {rank})
+
+
+def _advance(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
+    effects: list[Effect] = []
+    if state.term is None:
+        return state, ()
+    if state.beat_at is None or now - state.beat_at >= state.settings.beat_seconds:
+        state = replace(state, beat_at=now)
+        effects.append(Beat())
+    state, check = _check_published(state, now)
+    state, order = _order(state)
+    state, restarts = _restart_laggards(state, now)
+    return state, (*effects, *check, *order, *restarts)
+
+
+def _check_published(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
+    published = state.published
+    if published is None or state.checking is not None or _rank(published) in state.quarantined:
+        return state, ()
+    if state.last_good is not None and _rank(published) <= _rank(state.last_good):
+        return state, ()
+    if state.retry_check_at is not None and now < state.retry_check_at:
+        return state, ()
+    return replace(state, checking=published), (CheckManifest(published),)
+
+
+def _order(state: CoordinatorState) -> tuple[CoordinatorState, tuple[Effect, ...]]:
+    if state.writing is not None or state.last_good is None or state.term is None:
+        return state, ()
+    wanted = state.last_good
+    if _rank(wanted) in state.quarantined:
+        return state, ()  # every worker keeps what it serves until a newer version is published
+    quarantined = tuple(sorted(version for epoch, version in state.quarantined if epoch == wanted.epoch))
+    held = state.desired
+    if held is not None and held.term == state.term and held.published == wanted and held.quarantined == quarantined:
+        return state, ()
+    generation = held.generation + 1 if held is not None and held.term == state.term else 1
+    desired = DesiredVersion(term=state.term, generation=generation, published=wanted, quarantined=quarantined)
+    return replace(state, writing=desired), (WriteDesired(desired),)
+
+
+def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
+    effects: list[Effect] = []
+    if state.desired is None or now - state.ordered_at < state.settings.timeout_seconds:
+        return state, ()
+    for name in laggards_of(state):
+        seen = state.workers[name]
+        key = (name, seen.state.incarnation)
+        spent = state.restarts.get(name, 0)
+        if key in state.restarted or spent >= state.settings.max_restarts_per_worker:
+            continue
+        if seen.state.phase is WorkerPhase.STARTING:
+            continue  # an engine that is still starting has its own deadline
+        serving = "no version" if seen.state.serving_version is None else f"version {seen.state.serving_version}"
+        reason = (
+            f"serves {serving} {state.settings.timeout_seconds:g} s after version "
+            f"{state.desired.published.version} was ordered"
+        )
+        state = replace(
+            state,
+            restarted=state.restarted | {key},
+            restarts=MappingProxyType({**state.restarts, name: spent + 1}),
+        )
+        effects.append(RestartWorker(name, seen.state.incarnation, reason))
+    return state, tuple(effects)
+
+
+def laggards_of(state: CoordinatorState) -> tuple[str, ...]:
+    """Live workers that do not serve the ordered version, by name."""
+    if state.desired is None:
+        return ()
+    wanted = state.desired.published
+    return tuple(sorted(name for name, seen in state.workers.items() if not _serves(seen.state, wanted)))
+
+
+def summary(state: CoordinatorState, now: float) -> CoordinationSummary:
+    """What to show of the state at `now`."""
+    live = {
+        name: seen.state
+        for name, seen in sorted(state.workers.items())
+        if now - seen.changed_at < state.settings.liveness_seconds
+    }
+    desired = None if state.desired is None else state.desired.published
+    histogram: dict[int, int] = {}
+    for worker in live.values():
+        if worker.serving_version is not None:
+            histogram[worker.serving_version] = histogram.get(worker.serving_version, 0) + 1
+    totals = state.ended
+    for seen in state.workers.values():
+        totals = add_counters(totals, seen.state.counters)
+    return CoordinationSummary(
+        desired=desired,
+        published=state.published,
+        workers=tuple(live.values()),
+        converged=0 if desired is None else sum(_serves(worker, desired) for worker in live.values()),
+        serving=tuple(sorted(histogram.items(), reverse=True)),
+        laggards=laggards_of(state)[:MAX_LAGGARDS],
+        restarts=sum(state.restarts.values()),
+        quarantined=tuple(sorted(version for _, version in state.quarantined)),
+        totals=totals,
+        crashed_tokens=state.crashed_tokens,
+    )
+
+
+def add_counters(one: WorkerCounters, other: WorkerCounters) -> WorkerCounters:
+    """Field by field; reasons of drops are kept apart."""
+    dropped = dict(one.tokens_dropped)
+    for reason, tokens in other.tokens_dropped.items():
+        dropped[reason] = dropped.get(reason, 0) + tokens
+    numbers = {
+        name: getattr(one, name) + getattr(other, name)
+        for name in WorkerCounters.model_fields
+        if name != "tokens_dropped"
+    }
+    return WorkerCounters(**numbers, tokens_dropped=dropped)
+
+
+def _serves(worker: WorkerState, published: PublishedVersion) -> bool:
+    return (
+        worker.phase is WorkerPhase.SERVING
+        and worker.serving_version == published.version
+        and worker.epoch == published.epoch
+    )
+
+
+def _rank(published: PublishedVersion) -> tuple[int, int]:
+    return (published.epoch, published.version)

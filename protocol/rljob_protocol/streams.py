@@ -1,0 +1,274 @@
+"""Tasks, trajectories and step reports on JetStream: leases, a bounded log read by cursor, back-pressure."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import nats.errors
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+from rljob_api.errors import DeadlineExceeded, MalformedMessage
+from rljob_api.messages import StepReport, Task
+from rljob_protocol.link import OPERATION_SECONDS, STREAM_FULL, TRANSIENT, Link
+
+SUBJECT_TAKEN = "maximum messages per subject exceeded"
+BACK_PRESSURE_SECONDS = 0.5
+READ_BATCH = 64
+READ_WAIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedTask:
+    """A leased sample: extend it while it runs, then ack or release it."""
+
+    task: Task
+    attempt: int
+    """1 for the first delivery."""
+    _message: Msg
+    _link: Link
+
+    async def ack(self) -> None:
+        """The sample ended and its trajectory is stored: forget the task."""
+        await self._link.retry("ack task", lambda: self._message.ack_sync(timeout=5))
+
+    async def extend(self) -> None:
+        """Keep the lease; losing one call is harmless."""
+        try:
+            await self._message.in_progress()
+        except TRANSIENT:
+            return
+
+    async def release(self, delay_seconds: float = 0.0) -> None:
+        """Give the sample back, to be delivered again after the delay."""
+        try:
+            await self._message.nak(delay=delay_seconds or None)
+        except TRANSIENT:
+            return  # the lease expires by itself
+
+
+class TaskQueue:
+    """The work queue of samples. At most one message a (task, sample), queued or leased: re-publishing is idempotent."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._subscription: nats.js.JetStreamContext.PullSubscription | None = None
+        self.malformed = 0
+        """Tasks that did not decode: removed and counted."""
+
+    async def publish(self, task: Task, *, deadline_seconds: float = OPERATION_SECONDS) -> bool:
+        """Queue a sample; False when it is already queued or leased. Waits while the stream is full.
+
+        Raises:
+            DeadlineExceeded: the stream stayed full, or NATS was away, for too long.
+        """
+        subject = self._link.names.task_subject(task.task, task.sample)
+        deadline = time.monotonic() + deadline_seconds
+        while True:
+            try:
+                await self._link.retry(
+                    "publish task",
+                    lambda: self._link.jetstream.publish(subject, task.to_bytes()),
+                    deadline_seconds=max(0.1, deadline - time.monotonic()),
+                )
+            except nats.js.errors.APIError as error:
+                if error.err_code not in STREAM_FULL:
+                    raise
+                if SUBJECT_TAKEN in (error.description or ""):
+                    return False
+            else:
+                return True
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"task {task.task}/{task.sample}: the task stream stayed full for {deadline_seconds:g} s"
+                )
+            await asyncio.sleep(BACK_PRESSURE_SECONDS)
+
+    async def claim(self, max_tasks: int, wait_seconds: float) -> list[ClaimedTask]:
+        """Lease up to `max_tasks` samples; empty when none came within `wait_seconds` or NATS is away."""
+        try:
+            if self._subscription is None:
+                names = self._link.names
+                self._subscription = await self._link.jetstream.pull_subscribe_bind(
+                    consumer=names.rollout_consumer, stream=names.tasks_stream
+                )
+            messages = await self._subscription.fetch(max_tasks, timeout=wait_seconds)
+        except TRANSIENT:
+            return []
+        except nats.js.errors.APIError:
+            await asyncio.sleep(BACK_PRESSURE_SECONDS)  # the server is coming back and does not know the consumer yet
+            return []
+        claimed = []
+        for message in messages:
+            try:
+                task = Task.from_bytes(message.data)
+            except MalformedMessage:
+                self.malformed += 1
+                await message.term()
+                continue
+            claimed.append(ClaimedTask(task, message.metadata.num_delivered, message, self._link))
+        return claimed
+
+    async def depth(self) -> int:
+        """Samples queued or leased."""
+        info = await self._link.retry(
+            "task depth", lambda: self._link.jetstream.stream_info(self._link.names.tasks_stream)
+        )
+        return int(info.state.messages)
+
+
+class TrajectoryLog:
+    """The bounded log of finished samples, read by cursor and cut off below the checkpointed one."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._stream = link.names.trajectories_stream
+
+    async def append(self, task: int, sample: int, data: bytes, *, deadline_seconds: float = 3600.0) -> int:
+        """Store a trajectory and return its sequence. Waits while the log is full: back-pressure on the worker.
+
+        Raises:
+            DeadlineExceeded: the log stayed full, or NATS was away, for too long.
+        """
+        subject = self._link.names.trajectory_subject(task, sample)
+        deadline = time.monotonic() + deadline_seconds
+        while True:
+            try:
+                stored = await self._link.retry(
+                    "append trajectory",
+                    lambda: self._link.jetstream.publish(subject, data, timeout=10),
+                    deadline_seconds=max(0.1, deadline - time.monotonic()),
+                )
+            except nats.js.errors.APIError as error:
+                if error.err_code not in STREAM_FULL:
+                    raise
+            else:
+                return stored.seq
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"trajectory {task}/{sample}: the log stayed full for {deadline_seconds:g} s: the trainer does not "
+                    "checkpoint, or messaging.trajectoryStreamBytes is too small"
+                )
+            await asyncio.sleep(BACK_PRESSURE_SECONDS)
+
+    async def read(self, after_sequence: int) -> AsyncIterator[tuple[int, bytes]]:
+        """(sequence, bytes) of each message after the cursor, in order, for ever: no gap, no repeat, over outages."""
+        cursor = after_sequence
+        while True:
+            try:
+                info = await self._link.jetstream.stream_info(self._stream)
+                last = int(info.state.last_seq)
+                if last <= cursor:
+                    # A push consumer would cost a heartbeat protocol; one cheap look a fifth of a second does not.
+                    await asyncio.sleep(0.2)
+                    continue
+                subscription = await self._link.jetstream.pull_subscribe(
+                    "",
+                    stream=self._stream,
+                    config=ConsumerConfig(
+                        deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                        opt_start_seq=cursor + 1,
+                        ack_policy=AckPolicy.NONE,
+                        inactive_threshold=60.0,
+                        mem_storage=True,
+                    ),
+                )
+            except (*TRANSIENT, nats.js.errors.APIError):
+                await asyncio.sleep(BACK_PRESSURE_SECONDS)
+                continue
+            try:
+                while True:
+                    try:
+                        messages = await subscription.fetch(READ_BATCH, timeout=READ_WAIT_SECONDS)
+                    except nats.errors.TimeoutError:
+                        if not await self._consumer_lives(subscription):
+                            break
+                        continue
+                    for message in messages:
+                        sequence = message.metadata.sequence.stream
+                        if sequence <= cursor:
+                            continue
+                        cursor = sequence
+                        yield sequence, message.data
+            except (*TRANSIENT, nats.js.errors.APIError):
+                await asyncio.sleep(BACK_PRESSURE_SECONDS)
+
+    async def _consumer_lives(self, subscription: nats.js.JetStreamContext.PullSubscription) -> bool:
+        try:
+            await subscription.consumer_info()
+        except nats.js.errors.NotFoundError:
+            return False
+        return True
+
+    async def cut(self, up_to_sequence: int) -> None:
+        """Delete everything up to and including a sequence."""
+        if up_to_sequence > 0:
+            await self._link.retry(
+                "cut trajectories", lambda: self._link.jetstream.purge_stream(self._stream, seq=up_to_sequence + 1)
+            )
+
+    async def usage(self) -> tuple[int, int]:
+        """(bytes used, bytes allowed)."""
+        info = await self._link.retry("trajectory usage", lambda: self._link.jetstream.stream_info(self._stream))
+        return int(info.state.bytes), int(info.config.max_bytes or 0)
+
+    async def last_sequence(self) -> int:
+        """Sequence of the newest message ever stored, 0 for none."""
+        info = await self._link.retry("trajectory sequence", lambda: self._link.jetstream.stream_info(self._stream))
+        return int(info.state.last_seq)
+
+
+class StepLog:
+    """The step reports, oldest first; the oldest are discarded at the bound."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def append(self, report: StepReport) -> None:
+        """Add a step's report; one step of one epoch is stored once."""
+        await self._link.retry(
+            "append step report",
+            lambda: self._link.jetstream.publish(
+                self._link.names.steps_subject,
+                report.to_bytes(),
+                headers={"Nats-Msg-Id": f"{report.epoch}-{report.step}"},
+            ),
+        )
+
+    async def follow(self) -> AsyncIterator[StepReport]:
+        """Each report from the oldest kept on, for ever."""
+        stream = self._link.names.steps_stream
+        cursor = 0
+        while True:
+            try:
+                info = await self._link.jetstream.stream_info(stream)
+                cursor = max(cursor, int(info.state.first_seq) - 1)
+                while cursor < int(info.state.last_seq):
+                    message = await self._link.jetstream.get_msg(stream, seq=cursor + 1)
+                    cursor += 1
+                    if message.data is not None:
+                        yield StepReport.from_bytes(message.data)
+            except nats.js.errors.NotFoundError:
+                cursor += 1
+            except (*TRANSIENT, nats.js.errors.APIError):
+                pass
+            await asyncio.sleep(0.25)
+
+    async def read_all(self) -> list[StepReport]:
+        """All reports kept right now."""
+        info = await self._link.retry(
+            "step reports", lambda: self._link.jetstream.stream_info(self._link.names.steps_stream)
+        )
+        last = int(info.state.last_seq)
+        reports: list[StepReport] = []
+        if int(info.state.messages) == 0:
+            return reports
+        async for report in self.follow():
+            reports.append(report)
+            if len(reports) >= int(info.state.messages) or report is None or last == 0:
+                break
+        return reports

@@ -1,0 +1,308 @@
+"""Rank 0's side of the sample flow: admits groups, publishes their tasks, takes in trajectories, hands out batches.
+
+The rules are the pure ledger's (`rljob_protocol.admission`); this shell holds the payloads and does the I/O.
+
+    produces    tasks (as the ledger admits), batches (to the trainer's main thread)
+    consumes    the trajectory stream, by cursor
+    waits for   trajectories; room on the task stream
+    unblocked by  a message on the stream, a trained step, or the one-second timer that lets stragglers expire
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from rljob_api.errors import DeadlineExceeded, MalformedMessage
+from rljob_api.messages import Outcome, Task
+from rljob_api.spec import RLJobSpec
+from rljob_protocol import admission
+from rljob_protocol.admission import AdmissionSettings, Ledger, SampleSeen, Verdict
+from rljob_protocol.streams import TaskQueue, TrajectoryLog
+from rljob_runtime.trajectory_codec import Trajectory, decode_trajectory
+
+UNKNOWN_TASK = -1
+"""Stands for a message that names no admitted sample, so that the cursor passes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The groups of one step, taken out of the ledger."""
+
+    groups: tuple[tuple[Trajectory, ...], ...]
+    """Scored samples of each group, in sample order."""
+    staleness: dict[int, int]
+    """Version -> staleness, for all versions in the groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeTotals:
+    """Model tokens by their end, as far as the trainer sees them."""
+
+    received: dict[str, int]
+    """By worker incarnation."""
+    received_up_to: int
+    """Sequence that `received` covers."""
+    dropped: dict[str, int]
+    pending: int
+    """Received and neither trained nor dropped yet."""
+    last_sequence: int
+
+
+NOTHING = IntakeTotals(received={}, received_up_to=0, dropped={}, pending=0, last_sequence=0)
+
+
+def admission_settings(spec: RLJobSpec) -> AdmissionSettings:
+    """The ledger's settings as the spec gives them."""
+    training = spec.training
+    return AdmissionSettings(
+        tasks_per_step=training.tasks_per_step,
+        samples_per_task=spec.sampling.samples_per_task,
+        max_versions=spec.staleness.max_versions,
+        on_exceeded=spec.staleness.on_exceeded,
+        min_group_size=training.min_group_size or spec.sampling.samples_per_task,
+        straggler_timeout_seconds=training.straggler_timeout_seconds,
+        steps=training.steps,
+    )
+
+
+def task_seed(job_seed: int, task: int) -> int:
+    """Seed of a task's environment instance: a pure function of (job seed, admission number), below 2**31."""
+    return int.from_bytes(hashlib.sha256(f"{job_seed}:{task}".encode()).digest()[:4], "big") >> 1
+
+
+class Intake:
+    """Lives on the background loop; the main thread reaches it through `Background.call` only."""
+
+    def __init__(
+        self,
+        *,
+        spec: RLJobSpec,
+        epoch: int,
+        ledger: Ledger,
+        totals: IntakeTotals,
+        tasks: TaskQueue,
+        log: TrajectoryLog,
+        logger: logging.Logger,
+    ) -> None:
+        self._settings = admission_settings(spec)
+        self._seed = spec.training.seed
+        self._epoch = epoch
+        self._ledger = ledger
+        self._tasks = tasks
+        self._log = log
+        self._logger = logger
+        self._payloads: dict[tuple[int, int], Trajectory] = {}
+        self._early: dict[tuple[int, int], tuple[int, Trajectory]] = {}
+        self._dropped: Counter[str] = Counter(totals.dropped)
+        self._received: Counter[str] = Counter(totals.received)
+        self._received_up_to = totals.received_up_to
+        self._last_sequence = admission.cursor(ledger)
+        self._changed = asyncio.Condition()
+
+    async def recover(self) -> None:
+        """After a resume: take in what the stream holds beyond the checkpoint, then re-publish only what is missing.
+
+        A sample whose trajectory is on the stream is not rolled out again; one whose task is still queued or leased is
+        refused as a duplicate by the task stream.
+        """
+        last = await self._log.last_sequence()
+        if last > self._last_sequence:
+            async for sequence, data in self._log.read(self._last_sequence):
+                self._take_in(sequence, data)
+                if sequence >= last:
+                    break
+        for task, sample in admission.outstanding(self._ledger, self._settings):
+            await self._publish(task, sample)
+
+    async def run(self) -> None:
+        """Take in and pace until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._ingest())
+            group.create_task(self._pace())
+
+    async def next_batch(self, wait_seconds: float) -> Taken | None:
+        """Groups of the next step, oldest first; None when they are not there within `wait_seconds`."""
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            self._ledger, batch = admission.take_batch(self._ledger, self._settings, time.monotonic())
+            if batch is not None:
+                groups = tuple(
+                    tuple(self._payloads.pop((group.task, sample)) for sample in group.samples) for group in batch
+                )
+                versions = {version for group in groups for trajectory in group for version in trajectory.versions}
+                return Taken(groups, {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)})
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return None
+            async with self._changed:
+                try:
+                    await asyncio.wait_for(self._changed.wait(), min(remaining, 1.0))
+                except TimeoutError:
+                    pass
+
+    async def step_trained(self, version: int) -> None:
+        """A step was trained and published as `version`: later groups may be admitted."""
+        self._ledger = admission.on_step_trained(self._ledger, self._settings, version)
+        await self._notify()
+
+    async def drop(self, tokens: int, reason: str) -> None:
+        """Count model tokens that left a batch untrained."""
+        if tokens:
+            self._dropped[reason] += tokens
+
+    async def totals(self) -> IntakeTotals:
+        """Where the tokens are, for the step report."""
+        pending = sum(t.num_model_tokens for t in self._payloads.values())
+        pending += sum(t.num_model_tokens for _, t in self._early.values())
+        return IntakeTotals(
+            received=dict(self._received),
+            received_up_to=self._received_up_to,
+            dropped=dict(self._dropped),
+            pending=pending,
+            last_sequence=self._last_sequence,
+        )
+
+    async def snapshot(self) -> tuple[dict[str, object], int]:
+        """The ledger for a checkpoint, and the cursor below which the stream may be cut."""
+        first_early = min((sequence for sequence, _ in self._early.values()), default=None)
+        cursor = admission.cursor(self._ledger)
+        return admission.ledger_to_json(self._ledger), cursor if first_early is None else min(cursor, first_early - 1)
+
+    async def queue_depths(self) -> tuple[int, int]:
+        """(tasks waiting or leased, trajectories received and not yet trained)."""
+        return await self._tasks.depth(), len(self._payloads)
+
+    async def stream_share(self) -> float:
+        """Used share of the trajectory stream's bound."""
+        used, limit = await self._log.usage()
+        return used / limit if limit else 0.0
+
+    async def _ingest(self) -> None:
+        async for sequence, data in self._log.read(self._last_sequence):
+            self._take_in(sequence, data)
+            await self._notify()
+
+    async def _pace(self) -> None:
+        while True:
+            await self._expire()
+            await self._admit()
+            async with self._changed:
+                try:
+                    await asyncio.wait_for(self._changed.wait(), 1.0)
+                except TimeoutError:
+                    pass
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _admit(self) -> None:
+        self._ledger, admitted = admission.admit(self._ledger, self._settings)
+        for group in admitted:
+            for sample in range(self._settings.samples_per_task):
+                early = self._early.pop((group.task, sample), None)
+                if early is None:
+                    await self._publish(group.task, sample)
+                else:
+                    self._accept(*early)
+
+    async def _publish(self, task: int, sample: int) -> None:
+        message = Task(
+            task=task,
+            sample=sample,
+            epoch=self._epoch,
+            min_version=admission.min_version_of(self._ledger, self._settings, task),
+            seed=task_seed(self._seed, task),
+        )
+        while True:
+            try:
+                await self._tasks.publish(message)
+            except DeadlineExceeded as error:
+                # The messaging server is away: an admitted sample is never forgotten, so this waits for its return.
+                self._logger.warning("task was not published", extra={"task": task, "error": str(error)})
+            else:
+                return
+
+    async def _expire(self) -> None:
+        self._ledger, dropped = admission.expire(self._ledger, self._settings, time.monotonic())
+        for group in dropped:
+            tokens = 0
+            for sample in group.samples:
+                payload = self._payloads.pop((group.task, sample), None)
+                tokens += payload.num_model_tokens if payload is not None else 0
+            self._dropped[str(group.reason)] += tokens
+            self._logger.info(
+                "group dropped", extra={"task": group.task, "reason": str(group.reason), "tokens": tokens}
+            )
+
+    def _take_in(self, sequence: int, data: bytes) -> None:
+        self._last_sequence = sequence
+        try:
+            trajectory = decode_trajectory(data)
+            _check_rewards(trajectory)
+        except MalformedMessage as error:
+            self._dropped["Malformed"] += 0
+            self._logger.warning("trajectory refused", extra={"sequence": sequence, "error": str(error)})
+            self._pass(sequence)
+            return
+        header = trajectory.header
+        if sequence > self._received_up_to:
+            # A resume reads what lies between the cursor and its checkpoint again: it was counted then.
+            self._received_up_to = sequence
+            self._received[f"{header.worker}/{header.incarnation}"] += trajectory.num_model_tokens
+        if header.task >= self._ledger.next_task:
+            # Finished under a trainer that died after its last checkpoint: its number will be admitted again.
+            self._early[(header.task, header.sample)] = (sequence, trajectory)
+            return
+        self._accept(sequence, trajectory)
+
+    def _accept(self, sequence: int, trajectory: Trajectory) -> None:
+        header = trajectory.header
+        scored = header.outcome is not Outcome.ENVIRONMENT_FAILED
+        versions = trajectory.versions
+        self._ledger, verdict = admission.on_sample(
+            self._ledger,
+            self._settings,
+            SampleSeen(
+                task=header.task,
+                sample=header.sample,
+                sequence=sequence,
+                oldest_version=versions[0] if versions else None,
+                scored=scored,
+                model_tokens=trajectory.num_model_tokens,
+            ),
+            time.monotonic(),
+        )
+        if verdict is Verdict.ACCEPTED and scored:
+            self._payloads[(header.task, header.sample)] = trajectory
+        elif verdict is Verdict.ACCEPTED:
+            self._dropped["EnvironmentFailed"] += trajectory.num_model_tokens
+        else:
+            self._dropped[str(verdict)] += trajectory.num_model_tokens
+
+    def _pass(self, sequence: int) -> None:
+        seen = SampleSeen(
+            task=UNKNOWN_TASK, sample=0, sequence=sequence, oldest_version=None, scored=False, model_tokens=0
+        )
+        self._ledger, _ = admission.on_sample(self._ledger, self._settings, seen, time.monotonic())
+
+
+def _check_rewards(trajectory: Trajectory) -> None:
+    """Each model turn of a scored trajectory has a finite reward.
+
+    Raises:
+        MalformedMessage: one has not.
+    """
+    header = trajectory.header
+    if header.outcome is Outcome.ENVIRONMENT_FAILED:
+        return
+    turns = int(trajectory.turn.max()) + 1
+    if len(header.turn_rewards) < turns:
+        raise MalformedMessage(
+            f"trajectory {header.task}/{header.sample}: {len(header.turn_rewards)} turn rewards for {turns} turns"
+        )

@@ -1,0 +1,268 @@
+"""Rank 0's dealings with the rest of the job, as plain blocking calls for the trainer's loop.
+
+Everything asynchronous (NATS, blobs, the intake) lives on one background loop; each call here has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import JsonValue
+from torch import Tensor
+
+from rljob_api.errors import DeadlineExceeded, StorageError
+from rljob_api.messages import CheckpointPointer, PublishedVersion, TrainerPhase, TrainerState
+from rljob_api.names import KEY_TRAINER
+from rljob_api.spec import RLJobSpec
+from rljob_api.weights import ModelFile, Probe
+from rljob_protocol.admission import DropReason
+from rljob_protocol.link import Link
+from rljob_protocol.streams import StepLog, TrajectoryLog
+from rljob_runtime.trainer.background import Background
+from rljob_runtime.trainer.batch import TrainBatch, build_batch
+from rljob_runtime.trainer.checkpoint import CheckpointState, prune
+from rljob_runtime.trainer.intake import Intake, Taken
+from rljob_runtime.trainer.publisher import Publisher, oldest_version_needed
+from rljob_runtime.trainer.record import RecordedRow, Recorder
+from rljob_runtime.trainer.reporting import Seconds, step_report
+from rljob_runtime.trainer.update import UpdateReport
+from rljob_runtime.weights.blobs import BlobStore
+from rljob_runtime.weights.encode import encode_version
+from rljob_runtime.weights.fetch import fetch_manifest, fetch_weights
+
+T = TypeVar("T")
+
+OUTAGE_SECONDS = 300.0
+"""How long a call may take: NATS may be away for a while and come back."""
+HEARTBEAT_SECONDS = 2.0
+STREAM_FULL_SHARE = 0.7
+STREAM_CHECK_SECONDS = 5.0
+
+
+class Leader:
+    """What the loop needs of NATS and the blob store, on rank 0."""
+
+    def __init__(
+        self,
+        *,
+        background: Background,
+        link: Link,
+        publisher: Publisher,
+        intake: Intake,
+        store: BlobStore,
+        cache: Path,
+        tokens_trained: int,
+        spec: RLJobSpec,
+        model_files: Sequence[ModelFile],
+        recorder: Recorder | None,
+        logger: logging.Logger,
+    ) -> None:
+        self._background = background
+        self._link = link
+        self._publisher = publisher
+        self._intake = intake
+        self._store = store
+        self._cache = cache
+        self._tokens_trained = tokens_trained
+        self._taken: Taken | None = None
+        self._cursor = 0
+        self._spec = spec
+        self._model_files = tuple(model_files)
+        self._recorder = recorder
+        self._logger = logger
+        self._steps = StepLog(link)
+        self._log = TrajectoryLog(link)
+        self._beat = 0
+        self._state = TrainerState(
+            epoch=publisher.epoch, beat=0, phase=TrainerPhase.STARTING, step=0, steps=spec.training.steps, version=0
+        )
+        self._stream_share = 0.0
+        self._stream_checked = float("-inf")
+        self.stop_requested = False
+        """Set by the signal handler; the loop stops at the next order."""
+
+    @property
+    def epoch(self) -> int:
+        return self._publisher.epoch
+
+    def start(self) -> None:
+        """Begin to take in trajectories, admit groups and send heartbeats."""
+        self._background.call(self._intake.recover(), deadline_seconds=OUTAGE_SECONDS)
+        self._background.start(self._intake.run())
+        self._background.start(self._heartbeats())
+
+    def phase(self, phase: TrainerPhase, step: int, version: int) -> None:
+        """What the next heartbeats say."""
+        self._background.check()
+        self._state = self._state.model_copy(update={"phase": phase, "step": step, "version": version})
+
+    def next_batch(self, version: int, wait_seconds: float) -> TrainBatch | None:
+        """The next step's batch, or None when its groups are not there in time."""
+        taken = self._background.call(
+            self._intake.next_batch(wait_seconds), deadline_seconds=wait_seconds + OUTAGE_SECONDS
+        )
+        if taken is None:
+            return None
+        self._taken = taken
+        return build_batch(
+            taken.groups,
+            version=version,
+            max_versions=self._spec.staleness.max_versions,
+            advantage=self._spec.training.advantage,
+            staleness_of=taken.staleness.__getitem__,
+        )
+
+    def fetch_version(self, version: int) -> Path | None:
+        """The published bytes of a retained version, for a snapshot that memory no longer holds; None when gone."""
+        published = self._publisher.retained.get(version)
+        if published is None:
+            return None
+        return self._call(self._fetch(published))
+
+    async def _fetch(self, published: PublishedVersion) -> Path | None:
+        try:
+            manifest = await fetch_manifest(self._store, published.manifest, self._cache)
+            return await fetch_weights(self._store, manifest, self._cache)
+        except StorageError as error:
+            self._logger.warning(
+                "retained version could not be fetched",
+                extra={"weight_version": published.version, "error": str(error)},
+            )
+            return None
+
+    def publish(
+        self, state: Mapping[str, Tensor], probe: Probe, *, version: int, step: int, final: bool
+    ) -> PublishedVersion:
+        """Make a version's bytes durable and announce it."""
+        encoded = encode_version(
+            state,
+            epoch=self.epoch,
+            version=version,
+            compute_type=self._spec.training.compute_type.value,
+            model_files=self._model_files,
+            probe=probe,
+        )
+        if self._recorder is not None:
+            self._recorder.add_version(encoded, step=step)
+        published = self._background.call(
+            self._publisher.publish(encoded, step=step, final=final), deadline_seconds=OUTAGE_SECONDS
+        )
+        self._logger.info(
+            "weight version published",
+            extra={"weight_version": version, "epoch": self.epoch, "payload_bytes": encoded.manifest.num_bytes},
+        )
+        return published
+
+    def step_trained(self, version: int, update: UpdateReport) -> None:
+        """Count the step's tokens, and let the intake admit the groups that the step makes room for."""
+        self._tokens_trained += update.tokens_trained
+        self._call(self._intake.drop(update.tokens_over_bound, str(DropReason.STALE)))
+        self._call(self._intake.drop(update.tokens_missing, "MissingOldLogprob"))
+        self._call(self._intake.step_trained(version))
+
+    def report(
+        self, *, step: int, version: int, batch: TrainBatch, update: UpdateReport, rate: float, seconds: Seconds
+    ) -> None:
+        """Put the step's report on the steps stream and the step into the record."""
+        taken = self._taken
+        if taken is None:
+            raise ValueError("a step is reported that had no batch")
+        report = step_report(
+            epoch=self.epoch,
+            step=step,
+            version=version,
+            route=self._spec.correction.old_logprobs.value,
+            rate=rate,
+            taken=taken,
+            update=update,
+            groups_without_variance=batch.groups_without_variance,
+            tokens_trained=self._tokens_trained,
+            totals=self._call(self._intake.totals()),
+            queues=self._call(self._intake.queue_depths()),
+            seconds=seconds,
+            now=time.time(),
+        )
+        if self._recorder is not None:
+            self._recorder.add_step(
+                step=step, epoch=self.epoch, version_start=batch.version, rows=_recorded(taken, batch, update)
+            )
+        self._call(self._steps.append(report))
+        self._logger.info(
+            "step trained",
+            extra={"step": step, "reward": round(report.reward, 4), "staleness_p95": report.staleness.p95},
+        )
+
+    def stream_is_filling(self) -> bool:
+        """True at 70 % of the trajectory stream's bound: a checkpoint cuts it before it blocks the workers."""
+        now = time.monotonic()
+        if now - self._stream_checked >= STREAM_CHECK_SECONDS:
+            self._stream_checked = now
+            self._stream_share = self._call(self._intake.stream_share())
+        return self._stream_share >= STREAM_FULL_SHARE
+
+    def checkpoint_state(self, *, version: int, step: int) -> CheckpointState:
+        """What goes into a checkpoint besides weights and optimizer."""
+        ledger, self._cursor = self._call(self._intake.snapshot())
+        totals = self._call(self._intake.totals())
+        counters: dict[str, JsonValue] = {
+            "tokensTrained": self._tokens_trained,
+            "tokensDropped": dict(totals.dropped),
+            "tokensReceived": dict(totals.received),
+            "receivedUpTo": totals.received_up_to,
+        }
+        return CheckpointState(epoch=self.epoch, version=version, step=step, ledger=ledger, counters=counters)
+
+    def checkpointed(self, root: Path, name: str, *, version: int, step: int) -> None:
+        """Point to a finished checkpoint, then let go of what no replay from it needs."""
+        pointer = CheckpointPointer(epoch=self.epoch, version=version, step=step, directory=name, cursor=self._cursor)
+        self._call(self._publisher.point_to_checkpoint(pointer))
+        prune(root, keep=self._spec.storage.checkpoint.keep, current=name)
+        self._call(self._log.cut(self._cursor))
+        oldest = oldest_version_needed(
+            version=version, step=step, checkpoint_step=step, max_versions=self._spec.staleness.max_versions
+        )
+        deleted = self._call(self._publisher.keep_versions_from(oldest))
+        self._stream_checked = float("-inf")
+        self._logger.info("checkpoint written", extra={"step": step, "cursor": self._cursor, "blobs_deleted": deleted})
+
+    def finish(self, *, finished: bool) -> None:
+        """Say that this trainer trains nothing more."""
+        self._state = self._state.model_copy(
+            update={"phase": TrainerPhase.FINISHED, "message": "" if finished else "stopped in order"}
+        )
+        self._call(self._send_heartbeat())
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._background.call(coroutine, deadline_seconds=OUTAGE_SECONDS)
+
+    async def _send_heartbeat(self) -> None:
+        self._beat += 1
+        await self._link.beat(KEY_TRAINER, self._state.model_copy(update={"beat": self._beat}))
+
+    async def _heartbeats(self) -> None:
+        while True:
+            try:
+                await self._send_heartbeat()
+            except DeadlineExceeded as error:
+                self._logger.warning("heartbeat was not written", extra={"error": str(error)})
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+def _recorded(taken: Taken, batch: TrainBatch, update: UpdateReport) -> list[RecordedRow]:
+    trajectories = [trajectory for group in taken.groups for trajectory in group]
+    return [
+        RecordedRow(
+            trajectory=trajectory,
+            old_logprobs=values.old_logprobs,
+            old_source=values.source,
+            target_logprobs=values.target_logprobs,
+            advantages=row.advantages,
+            loss_mask=row.trainable,
+        )
+        for trajectory, row, values in zip(trajectories, batch.rows, update.records, strict=True)
+    ]

@@ -1,0 +1,111 @@
+"""Weight blobs in the NATS object store. Reads go to a file: reading into memory is quadratic in the client."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import nats.js.errors
+from nats.js.object_store import ObjectStore
+
+from rljob_api.errors import BlobCorrupt, BlobMissing, StorageError, StorageFull
+from rljob_api.weights import Blob
+from rljob_protocol.link import STREAM_FULL, Link
+from rljob_runtime.weights.blobs import verify_file
+from rljob_runtime.weights.volume import write_error
+
+INSUFFICIENT_STORAGE = STREAM_FULL | {10023, 10047}
+TRANSFER_SECONDS = 600.0
+
+
+class NatsBlobStore:
+    """Objects of the job's bucket. Putting an existing name would replace its bytes, so it is looked up first."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._store: ObjectStore | None = None
+
+    async def put(self, blob: Blob, data: bytes | memoryview) -> None:
+        """Store durably, once."""
+
+        async def attempt() -> None:
+            store = await self._bucket()
+            try:
+                held = await store.get_info(blob.name)
+            except (nats.js.errors.ObjectNotFoundError, nats.js.errors.NotFoundError):
+                held = None
+            if held is not None and held.size == blob.num_bytes:
+                return
+            await store.put(blob.name, io.BytesIO(data))
+
+        try:
+            await self._link.retry(f"put blob {blob.name}", attempt, deadline_seconds=TRANSFER_SECONDS)
+        except nats.js.errors.APIError as error:
+            if error.err_code in INSUFFICIENT_STORAGE:
+                raise StorageFull(
+                    f"no room for blob {blob.name} ({blob.num_bytes} bytes) in the NATS object store ({error.description}): "
+                    "give JetStream more file storage, or choose storage.weights.persistentVolumeClaim"
+                ) from error
+            raise StorageError(f"blob {blob.name} could not be stored: {error.description or error}") from error
+
+    async def fetch(self, blob: Blob, destination: Path) -> None:
+        """Read into a file and verify."""
+
+        async def attempt() -> None:
+            store = await self._bucket()
+            with destination.open("wb") as file:
+                await store.get(blob.name, writeinto=file)
+
+        try:
+            await self._link.retry(f"fetch blob {blob.name}", attempt, deadline_seconds=TRANSFER_SECONDS)
+            verify_file(blob, destination)
+        except (
+            nats.js.errors.ObjectNotFoundError,
+            nats.js.errors.NotFoundError,
+            nats.js.errors.ObjectDeletedError,
+        ) as error:
+            destination.unlink(missing_ok=True)
+            raise BlobMissing(
+                f"blob {blob.name} is not in the NATS object store: its version may have been cleaned up"
+            ) from error
+        except nats.js.errors.DigestMismatchError as error:
+            destination.unlink(missing_ok=True)
+            raise BlobCorrupt(f"blob {blob.name}: the object store's own digest does not match its bytes") from error
+        except OSError as error:
+            destination.unlink(missing_ok=True)
+            raise write_error(error, blob, destination.parent) from error
+        except StorageError:
+            destination.unlink(missing_ok=True)
+            raise
+
+    async def delete(self, name: str) -> None:
+        """Forget a blob."""
+
+        async def attempt() -> None:
+            try:
+                await (await self._bucket()).delete(name)
+            except (
+                nats.js.errors.ObjectNotFoundError,
+                nats.js.errors.NotFoundError,
+                nats.js.errors.ObjectDeletedError,
+            ):
+                return
+
+        await self._link.retry(f"delete blob {name}", attempt)
+
+    async def names(self) -> set[str]:
+        """Names of all blobs."""
+
+        async def attempt() -> set[str]:
+            try:
+                listed = await (await self._bucket()).list(ignore_deletes=True)
+            except nats.js.errors.NotFoundError:
+                return set()
+            return {info.name for info in listed if info.name is not None and not info.deleted}
+
+        return await self._link.retry("list blobs", attempt)
+
+    async def _bucket(self) -> ObjectStore:
+        if self._store is None:
+            self._store = await self._link.jetstream.object_store(self._link.names.blob_bucket)
+        return self._store
