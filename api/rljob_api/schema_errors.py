@@ -34,12 +34,15 @@ _BOUNDS = {
 }
 
 
-def schema_violations(root: type[BaseModel], error: ValidationError) -> tuple[Violation, ...]:
-    """Every error of a validation of `root` from JSON, as a violation."""
-    return tuple(_violation(root, detail) for detail in error.errors(include_url=False))
+def distinct_errors(error: ValidationError) -> tuple[ErrorDetails, ...]:
+    """The errors, each fault once: pydantic also calls a list too short when one of its items failed."""
+    details = error.errors(include_url=False)
+    above = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+    return tuple(detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in above)
 
 
-def _violation(root: type[BaseModel], detail: ErrorDetails) -> Violation:
+def schema_violation(root: type[BaseModel], detail: ErrorDetails) -> Violation:
+    """One error of a validation of `root` from JSON, as a violation."""
     loc, kind = detail["loc"], detail["type"]
     context: dict[str, Any] = detail.get("ctx", {})
     value = shown(detail["input"])

@@ -17,7 +17,7 @@ from rljob_api.documents import as_sent, partial_model
 from rljob_api.errors import SpecError, Violation
 from rljob_api.rules import RULES, Rule
 from rljob_api.schema import field_of, is_given, joined, places, shown
-from rljob_api.schema_errors import schema_violations
+from rljob_api.schema_errors import distinct_errors, schema_violation
 from rljob_api.spec import RLJob
 
 _CLUSTER_ONLY = (
@@ -81,9 +81,11 @@ def _judge(document: object) -> tuple[tuple[Violation, ...], RLJob | None]:
     try:
         job = RLJob.model_validate_json(json.dumps(sent), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
+        details = distinct_errors(error)
         reported = {violation.path for violation in violations}
-        violations += tuple(found for found in schema_violations(RLJob, error) if found.path not in reported)
-        bad = frozenset(detail["loc"] for detail in error.errors(include_url=False, include_input=False))
+        found = (schema_violation(RLJob, detail) for detail in details)
+        violations += tuple(violation for violation in found if violation.path not in reported)
+        bad = frozenset(detail["loc"] for detail in details)
         if () in bad:
             return violations, None  # no object, or no JSON at all: nothing to judge
         partial = partial_model(RLJob, sent, bad)
