@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,12 +16,12 @@ RFC3339_SECONDS = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$"
 class Condition(FrozenModel):
     """One condition. Types and reasons that a newer operator wrote are kept as text."""
 
-    type: ConditionType | str = Field(
-        union_mode="left_to_right", max_length=316, description="What the condition speaks of."
+    type: ConditionType | Annotated[str, Field(max_length=316)] = Field(
+        union_mode="left_to_right", description="What the condition speaks of."
     )
     status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
-    reason: Reason | str = Field(
-        union_mode="left_to_right", min_length=1, max_length=1024, description="Why, in one CamelCase word."
+    reason: Reason | Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        union_mode="left_to_right", description="Why, in one CamelCase word."
     )
     message: str = Field(default="", max_length=32768, description="Why, in a sentence with the next action.")
     observed_generation: int = Field(default=0, ge=0, description="Generation of the spec that was looked at.")
