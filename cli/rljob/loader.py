@@ -161,6 +161,11 @@ def _load_yaml(path: Path, text: str) -> object:
     return _Builder(path).value(node)
 
 
+def _whole(text: str) -> str:
+    """The text with escaped surrogate pairs made one character: PyYAML leaves the halves that JSON's escapes write."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
 class _Builder:
     """Nodes to values, with every alias written out."""
 
@@ -202,11 +207,10 @@ class _Builder:
                 raise self._refusal(key, "has a key that is no text", "Write keys as plain words.")
             if key.value == "<<" and key.style is None:
                 raise self._refusal(key, "uses a merge key, which YAML 1.2 does not have", "Write the fields out.")
-            if key.value in built:
-                raise self._refusal(
-                    key, f"repeats the key {json.dumps(key.value)} in one object", "Keep one of the two."
-                )
-            built[key.value] = self.value(item)
+            name = _whole(key.value)
+            if name in built:
+                raise self._refusal(key, f"repeats the key {json.dumps(name)} in one object", "Keep one of the two.")
+            built[name] = self.value(item)
         return built
 
     def _scalar(self, node: ScalarNode) -> bool | int | float | str | None:
@@ -222,7 +226,7 @@ class _Builder:
         if tag == _FLOAT:
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if tag == _TEXT:
-            return str(text)
+            return _whole(text)
         raise self._wrong_tag(node)
 
     def _integer(self, node: ScalarNode) -> int:
