@@ -22,18 +22,19 @@ _SHOWN_CHARACTERS = 80
 
 
 def path_of(loc: Loc) -> str:
-    """Text of a path; keys that are no plain words (labels, environment names) go into brackets."""
+    """Text of a path, on one line; keys that are no plain words (labels, environment names) go into brackets."""
     path = ""
     for part in loc:
         if isinstance(part, str) and _PLAIN_KEY.fullmatch(part):
             path += f".{part}" if path else part
         else:
-            path += f"[{part}]"
+            text = str(part)
+            path += f"[{text if text.isprintable() else json.dumps(text)[1:-1]}]"
     return path
 
 
 def loc_of(path: str) -> Loc:
-    """The inverse of `path_of`."""
+    """The inverse of `path_of`, for keys of printable characters other than brackets."""
     return tuple(int(index) if index else key or word for index, key, word in _PART.findall(path))
 
 

@@ -229,6 +229,11 @@ def test_paths_are_written_as_kubectl_writes_them_and_read_back() -> None:
     assert is_given({"a": [{"b": None}]}, "a[0].b") and not is_given({"a": [{"b": None}]}, "a[1].b")
 
 
+def test_a_key_with_a_line_break_does_not_break_the_line() -> None:
+    (violation,) = violations_of(changed({"metadata.labels": {"a\nb": 1}}))
+    assert violation.path == "metadata.labels[a\\nb]"
+
+
 def test_long_values_are_shortened() -> None:
     assert shown("x" * 100) == '"' + "x" * 78 + "…"
     assert shown("x" * 78) == '"' + "x" * 78 + '"'
