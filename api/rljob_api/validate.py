@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rljob_api.cluster_rules import CLUSTER_RULES
 from rljob_api.documents import as_sent, partial_model
 from rljob_api.errors import SpecError, Violation
-from rljob_api.rules import RULES, Rule
+from rljob_api.rules import RULES, Finding, Rule
 from rljob_api.schema import field_of, is_given, joined, places, shown
 from rljob_api.schema_errors import distinct_errors, schema_violation
 from rljob_api.spec import RLJob
@@ -104,7 +104,12 @@ def _broken(rules: Iterable[Rule], job: RLJob, document: object, *, is_whole: bo
                 continue  # the rule reads a field that failed its own check, which is reported already
             for finding in findings:
                 path = joined(place, finding.field)
-                value = "" if finding.value is None else shown(finding.value)
-                if value and not is_given(document, path):
-                    value += ", the default"
-                yield Violation(path, "; ".join(filter(None, (value, finding.note))), rule.reason, rule.remedy)
+                yield Violation(path, _evidence(finding, is_given(document, path)), rule.reason, rule.remedy)
+
+
+def _evidence(finding: Finding, given: bool) -> str:
+    """What the rule saw: the field's value, and the other values that it compared it with."""
+    if finding.value is None:
+        return f"nothing; {finding.note}" if finding.note else ""
+    value = shown(finding.value) if given else f"{shown(finding.value)}, the default"
+    return f"{value}; {finding.note}" if finding.note else value

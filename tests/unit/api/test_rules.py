@@ -308,7 +308,7 @@ CLUSTER_CASES = (
         "restarts-keep-checkpoints",
         {"spec.storage": {}},
         "spec.storage.checkpoint.persistentVolumeClaim",
-        "failurePolicy.maxRestarts is 3",
+        "nothing; failurePolicy.maxRestarts is 3",
         "is required while failurePolicy.maxRestarts is above 0: a new trainer pod finds no checkpoint of the old one",
         "Name a claim, or set failurePolicy.maxRestarts to 0.",
         {"spec.storage": {}, "spec.failurePolicy.maxRestarts": 0},
