@@ -169,7 +169,9 @@ def on_resume(ledger: Ledger, version: int) -> Ledger:
 def admit(ledger: Ledger, settings: AdmissionSettings) -> tuple[Ledger, tuple[Admitted, ...]]:
     """Admit as many groups as pacing allows, and no more than the remaining steps need."""
     limit = (ledger.steps_trained + settings.max_versions + 1) * settings.tasks_per_step
-    wanted = (settings.steps - ledger.steps_trained) * settings.tasks_per_step - len(ledger.groups)
+    # Slots are used up when a batch is taken: while its step is being trained it must not be admitted for again.
+    used = ledger.first_free_ordinal + len(ledger.used_ordinals)
+    wanted = settings.steps * settings.tasks_per_step - used - len(ledger.groups)
     groups = dict(ledger.groups)
     taken = {group.ordinal for group in groups.values()} | ledger.used_ordinals
     admitted: list[Admitted] = []
