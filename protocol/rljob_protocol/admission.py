@@ -196,7 +196,8 @@ def min_version_of(ledger: Ledger, settings: AdmissionSettings, task: int) -> in
 
 
 def _min_version(ledger: Ledger, settings: AdmissionSettings, ordinal: int) -> int:
-    step = ordinal // settings.tasks_per_step - settings.max_versions
+    # A freed slot may belong to a step that is over: the present step is the first that can train its next group.
+    step = max(ordinal // settings.tasks_per_step, ledger.steps_trained) - settings.max_versions
     return min(version_of_step(ledger, step), ledger.version)
 
 
