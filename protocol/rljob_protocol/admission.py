@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -324,12 +325,19 @@ def _rest_fits(ledger: Ledger, settings: AdmissionSettings, taken: set[int], now
 
 def on_step_trained(ledger: Ledger, settings: AdmissionSettings, version: int) -> Ledger:
     """One more step is trained and published as `version`."""
-    oldest = version - settings.max_versions - 1
-    later = [anchor for anchor in ledger.anchors if anchor[0] > oldest]
-    before = [anchor for anchor in ledger.anchors if anchor[0] <= oldest][-1:]
-    return replace(
-        ledger, steps_trained=ledger.steps_trained + 1, version=version, anchors=(*before, *later) or ledger.anchors
+    trained = ledger.steps_trained + 1
+    # A stretch of versions is forgotten when its newest one is over the bound; a resume can have rolled back a newer
+    # step than those of the stretches after it.
+    newest_steps = [
+        first_step + next_version - 1 - first_version
+        for (first_version, first_step), (next_version, _) in pairwise(ledger.anchors)
+    ]
+    kept = tuple(
+        anchor
+        for anchor, newest_step in zip(ledger.anchors, newest_steps, strict=False)
+        if trained - newest_step <= settings.max_versions
     )
+    return replace(ledger, steps_trained=trained, version=version, anchors=(*kept, ledger.anchors[-1]))
 
 
 # ------------------------------------------------------------------------------------------------ resume, checkpoint
