@@ -407,7 +407,7 @@ def ledger_from_json(value: Mapping[str, Any]) -> Ledger:
             anchors=tuple((int(v), int(s)) for v, s in value["anchors"]),
             last_sequence=int(value["lastSequence"]),
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise MalformedMessage(f"admission ledger of the checkpoint: {error!r}") from error
 
 
