@@ -302,13 +302,18 @@ def take_batch(
 
 
 def _deadline(ledger: Ledger, settings: AdmissionSettings, group: Group, now: float) -> int:
-    """Last step that may train the group with all its tokens."""
+    """Last step that may train the group with all its tokens.
+
+    A group counts as running while a straggler with older tokens may still come, and while it waits to be dropped: the
+    next group in its slot will have the slot's deadline.
+    """
     versions = [s.oldest_version for s in group.samples.values() if s.scored and s.oldest_version is not None]
     running = group.ordinal // settings.tasks_per_step
     finished = min((step_of_version(ledger, v) for v in versions), default=None)
     if finished is None:
         return running
-    if _is_finished(settings, group, now):
+    is_complete = len(group.samples) >= settings.samples_per_task
+    if is_complete and _drop_reason(ledger, settings, group, now) is None:
         return finished + settings.max_versions
     return min(running, finished + settings.max_versions)
 
