@@ -247,8 +247,10 @@ def _drop_reason(ledger: Ledger, settings: AdmissionSettings, group: Group, now:
     versions = [sample.oldest_version for sample in scored if sample.oldest_version is not None]
     if not versions:
         return DropReason.NO_MODEL_TOKENS
-    # Under MaskTokens the trainer leaves single tokens out; under Wait no token gets that old.
-    if settings.on_exceeded is OnExceeded.DROP_GROUP and staleness_of(ledger, min(versions)) > settings.max_versions:
+    if settings.on_exceeded is OnExceeded.MASK_TOKENS:
+        return None  # the trainer leaves single tokens out
+    # Under Wait no token gets that old, unless the settings changed meanwhile or a resume shuffled the slots.
+    if staleness_of(ledger, min(versions)) > settings.max_versions:
         return DropReason.STALE
     return None
 
@@ -271,7 +273,9 @@ def take_batch(
     """Take the next step's groups out of the ledger, oldest deadline first; None while they are not there.
 
     Under `Wait` the step starts only if no group can be left over the bound: for every k in 0..eta, the groups that the
-    batch does not take and whose deadline is at most s + k fit into the k steps that follow.
+    batch does not take and whose deadline is at most s + k fit into the k steps that follow. Where too many of them are
+    finished already (the settings changed, or a resume shuffled the slots) waiting can't help: the step starts, and what
+    gets over the bound is dropped.
     """
     if ledger.steps_trained >= settings.steps:
         return ledger, None
@@ -283,7 +287,8 @@ def take_batch(
     if len(ready) < settings.tasks_per_step:
         return ledger, None
     taken = {task for _, task in ready[: settings.tasks_per_step]}
-    if settings.on_exceeded is OnExceeded.WAIT and not _rest_fits(ledger, settings, taken, now):
+    left = {task for _, task in ready[settings.tasks_per_step :]}
+    if settings.on_exceeded is OnExceeded.WAIT and not _rest_fits(ledger, settings, taken, left, now):
         return ledger, None
     batch = tuple(
         BatchGroup(task, tuple(sorted(number for number, sample in ledger.groups[task].samples.items() if sample.scored)))
@@ -318,14 +323,19 @@ def _deadline(ledger: Ledger, settings: AdmissionSettings, group: Group, now: fl
     return min(running, finished + settings.max_versions)
 
 
-def _rest_fits(ledger: Ledger, settings: AdmissionSettings, taken: set[int], now: float) -> bool:
-    deadlines = [
-        _deadline(ledger, settings, group, now) for task, group in ledger.groups.items() if task not in taken
+def _rest_fits(
+    ledger: Ledger, settings: AdmissionSettings, taken: set[int], left_ready: set[int], now: float
+) -> bool:
+    rest = [
+        (_deadline(ledger, settings, group, now), task in left_ready)
+        for task, group in ledger.groups.items()
+        if task not in taken
     ]
-    return all(
-        sum(deadline <= ledger.steps_trained + k for deadline in deadlines) <= k * settings.tasks_per_step
-        for k in range(settings.max_versions + 1)
-    )
+    for k in range(settings.max_versions + 1):
+        due = [is_ready for deadline, is_ready in rest if deadline <= ledger.steps_trained + k]
+        if len(due) > k * settings.tasks_per_step and not all(due):
+            return False
+    return True
 
 
 def on_step_trained(ledger: Ledger, settings: AdmissionSettings, version: int) -> Ledger:
