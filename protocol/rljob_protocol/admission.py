@@ -137,18 +137,20 @@ def version_of_step(ledger: Ledger, step: int) -> int:
 
 
 def step_of_version(ledger: Ledger, version: int) -> int:
-    """Step that starts from a version; of a version that a resume rolled back, the step it was made for."""
-    first_version, first_step = next(
-        (anchor for anchor in reversed(ledger.anchors) if anchor[0] <= version), ledger.anchors[0]
-    )
+    """Step that starts from a version; of a version that a resume rolled back, the step resumed from. Never falls.
+
+    Which step a rolled-back version was made for is not known for sure: attempts that saved nothing left no anchor.
+    """
+    first_version, first_step = ledger.anchors[0]
+    for next_version, next_step in ledger.anchors[1:]:
+        if version < next_version:
+            return min(first_step + version - first_version, next_step)
+        first_version, first_step = next_version, next_step
     return first_step + version - first_version
 
 
 def staleness_of(ledger: Ledger, version: int) -> int:
-    """Steps between a token's version and the coming step; never negative.
-
-    A version that a resume rolled back can have been made for a later step than the present one: it counts as fresh.
-    """
+    """Steps between a token's version and the coming step; never negative."""
     return max(0, ledger.steps_trained - step_of_version(ledger, version))
 
 
@@ -341,16 +343,11 @@ def _rest_fits(
 def on_step_trained(ledger: Ledger, settings: AdmissionSettings, version: int) -> Ledger:
     """One more step is trained and published as `version`."""
     trained = ledger.steps_trained + 1
-    # A stretch of versions is forgotten when its newest one is over the bound; a resume can have rolled back a newer
-    # step than those of the stretches after it.
-    newest_steps = [
-        first_step + next_version - 1 - first_version
-        for (first_version, first_step), (next_version, _) in pairwise(ledger.anchors)
-    ]
+    # A stretch of versions is forgotten once its newest one is over the bound.
     kept = tuple(
         anchor
-        for anchor, newest_step in zip(ledger.anchors, newest_steps, strict=False)
-        if trained - newest_step <= settings.max_versions
+        for anchor, (_, next_step) in pairwise(ledger.anchors)
+        if trained - next_step <= settings.max_versions
     )
     return replace(ledger, steps_trained=trained, version=version, anchors=(*kept, ledger.anchors[-1]))
 
