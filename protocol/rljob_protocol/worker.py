@@ -48,6 +48,8 @@ class Target:
     published: PublishedVersion
     order: tuple[int, int] | None
     """None when it was taken from `published` itself (degraded)."""
+    past: tuple[int, int] | None = None
+    """Degraded: the order that was known then. It stays passed over; a new one counts again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,12 +315,16 @@ def _choose_target(state: WorkerState, now: float) -> Target | None:
     silent = now - heard >= state.settings.coordinator_timeout_seconds
     desired, published = state.desired, state.published
     ordered = None if desired is None else Target(desired.published, desired.order)
+    target = state.target
+    if not silent and target is not None and target.order is None:
+        # A coordinator that returned beats before it orders: its predecessor's order would take the worker back.
+        return ordered if ordered is not None and ordered.order != target.past else target
     if not silent or published is None:
         return ordered if ordered is not None else (state.target if silent else None)
     quarantined = () if desired is None else desired.quarantined
     if published.version in quarantined or (desired is not None and _rank(published) <= _rank(desired.published)):
         return ordered
-    return Target(published, None)
+    return Target(published, None, None if desired is None else desired.order)
 
 
 def _after_failed_fetch(state: WorkerState, corrupt: bool, now: float) -> WorkerState:
