@@ -358,7 +358,7 @@ def test_any_event_may_come_at_any_time_without_a_second_swap_or_fetch() -> None
         lambda: ProbePassed(published(4)),
     )
     frontier: list[tuple[WorkerState, bool]] = [(serving(3), False)]
-    for _ in range(5):
+    for _ in range(6):
         following: list[tuple[WorkerState, bool]] = []
         for state, is_shut in frontier:
             for make in alphabet:
@@ -380,4 +380,4 @@ def test_any_event_may_come_at_any_time_without_a_second_swap_or_fetch() -> None
                         assert state.fetching is None or isinstance(event, Fetched)
                 following.append((after, shut))
         frontier = list({(repr(state), shut): (state, shut) for state, shut in following}.values())
-    assert len(frontier) > 5
+    assert any(state.serving != published(3) for state, _ in frontier), "no history got through a swap"
