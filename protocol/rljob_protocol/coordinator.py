@@ -56,7 +56,10 @@ class CoordinatorState:
     workers: Mapping[str, SeenWorker] = field(default_factory=lambda: MappingProxyType({}))
     restarts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     restarted: frozenset[tuple[str, str]] = frozenset()
+    gone: Mapping[str, WorkerState] = field(default_factory=lambda: MappingProxyType({}))
+    """Last reports of workers that ended: their keys outlive them, and one that was only out of reach comes back."""
     ended: WorkerCounters = field(default_factory=WorkerCounters)
+    """Totals of incarnations that were followed by another one."""
     crashed_tokens: int = 0
     beat_at: float | None = None
     stopped: str | None = None
@@ -218,8 +221,15 @@ def _on_manifest(
 
 
 def _on_workers(state: CoordinatorState, reported: tuple[WorkerState, ...], now: float) -> CoordinatorState:
-    workers = dict(state.workers)
+    workers, gone = dict(state.workers), dict(state.gone)
     for report in reported:
+        last = gone.get(report.worker)
+        if last is not None:
+            if last.incarnation == report.incarnation and report.revision <= last.revision:
+                continue
+            del gone[report.worker]
+            if last.incarnation != report.incarnation:
+                state = _end(state, last)
         seen = workers.get(report.worker)
         if seen is not None and seen.state.incarnation != report.incarnation:
             state = _end(state, seen.state)
@@ -229,9 +239,9 @@ def _on_workers(state: CoordinatorState, reported: tuple[WorkerState, ...], now:
             state = _note_failure(state, report)
     for name, seen in tuple(workers.items()):
         if seen.state.phase is WorkerPhase.STOPPED or now - seen.changed_at >= state.settings.liveness_seconds:
-            state = _end(state, seen.state)
+            gone[name] = seen.state
             del workers[name]
-    state = replace(state, workers=MappingProxyType(workers))
+    state = replace(state, workers=MappingProxyType(workers), gone=MappingProxyType(gone))
     return _quarantine(state)
 
 
@@ -349,7 +359,10 @@ def summary(state: CoordinatorState, now: float) -> CoordinationSummary:
     for worker in live.values():
         if worker.serving_version is not None:
             histogram[worker.serving_version] = histogram.get(worker.serving_version, 0) + 1
-    totals = state.ended
+    ended = state
+    for last in state.gone.values():
+        ended = _end(ended, last)
+    totals = ended.ended
     for seen in state.workers.values():
         totals = add_counters(totals, seen.state.counters)
     return CoordinationSummary(
@@ -362,7 +375,7 @@ def summary(state: CoordinatorState, now: float) -> CoordinationSummary:
         restarts=sum(state.restarts.values()),
         quarantined=tuple(sorted(version for _, version in state.quarantined)),
         totals=totals,
-        crashed_tokens=state.crashed_tokens,
+        crashed_tokens=ended.crashed_tokens,
     )
 
 
