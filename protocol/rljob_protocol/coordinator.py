@@ -323,8 +323,8 @@ def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorS
         spent = state.restarts.get(name, 0)
         if key in state.restarted or spent >= state.settings.max_restarts_per_worker:
             continue
-        if seen.state.phase is WorkerPhase.STARTING:
-            continue  # an engine that is still starting has its own deadline
+        if seen.state.phase in (WorkerPhase.STARTING, WorkerPhase.DRAINING):
+            continue  # an engine that is still starting has its own deadline; one that drains swaps no more
         serving = "no version" if seen.state.serving_version is None else f"version {seen.state.serving_version}"
         reason = (
             f"serves {serving} {state.settings.timeout_seconds:g} s after version "
