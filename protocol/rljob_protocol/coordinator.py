@@ -269,7 +269,8 @@ def _quarantine(state: CoordinatorState) -> CoordinatorState:
     rank = _rank(state.desired.published)
     failed = state.failed_on.get(rank, frozenset())
     served = any(_serves(seen.state, state.desired.published) for seen in state.workers.values())
-    if served or len(failed) < QUARANTINE_WORKERS:
+    have_all_failed = bool(failed) and failed >= set(state.workers)
+    if served or (len(failed) < QUARANTINE_WORKERS and not have_all_failed):
         return state
     return replace(state, quarantined=state.quarantined | {rank})
 
