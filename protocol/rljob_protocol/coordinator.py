@@ -307,11 +307,24 @@ def _order(state: CoordinatorState) -> tuple[CoordinatorState, tuple[Effect, ...
         return state, ()  # every worker keeps what it serves until a newer version is published
     quarantined = tuple(sorted(version for epoch, version in state.quarantined if epoch == wanted.epoch))
     held = state.desired
+    if (held is None or held.term != state.term) and _awaits_check(state):
+        # Workers follow `published` by themselves while there is no coordinator: the order of the term before would
+        # take them back to an older version.
+        return state, ()
     if held is not None and held.term == state.term and held.published == wanted and held.quarantined == quarantined:
         return state, ()
     generation = held.generation + 1 if held is not None and held.term == state.term else 1
     desired = DesiredVersion(term=state.term, generation=generation, published=wanted, quarantined=quarantined)
     return replace(state, writing=desired), (WriteDesired(desired),)
+
+
+def _awaits_check(state: CoordinatorState) -> bool:
+    """True until the newest published version is known and its manifest was read or found unreadable."""
+    if state.published is None:
+        return True
+    if _rank(state.published) in state.quarantined or state.retry_check_at is not None:
+        return False
+    return state.last_good is None or _rank(state.published) > _rank(state.last_good)
 
 
 def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
