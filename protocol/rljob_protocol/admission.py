@@ -1,9 +1,9 @@
 """Staleness and admission rules, pure (docs/design.md, sections 4a and 4b).
 
-B = groups a step, eta = the staleness bound. An admitted group takes the lowest free *ordinal* n, a pacing slot: it may be
-admitted while n < (steps trained + eta + 1) * B, and a drop frees the slot again, else pacing would starve. Training a
-group uses its slot up. Its *task* is a running number that is never reused. Arithmetic counts steps; versions are turned
-into steps through anchors, because a resume re-publishes a step's weights under a new number.
+B = groups a step, eta = the staleness bound. An admitted group takes the lowest free *ordinal* n, a pacing slot: it may
+be admitted while n < (steps trained + eta + 1) * B, and a drop frees the slot again, else pacing would starve. Training
+a group uses its slot up. Its *task* is a running number that is never reused. Arithmetic counts steps; versions are
+turned into steps through anchors, because a resume re-publishes a step's weights under a new number.
 
 A group's deadline is the last step that may train it: its oldest token's step + eta once it is finished, floor(n / B)
 while it runs. The oldest deadline is trained first.
@@ -156,7 +156,10 @@ def staleness_of(ledger: Ledger, version: int) -> int:
 
 def on_resume(ledger: Ledger, version: int) -> Ledger:
     """The checkpointed ledger under a new version number for the same step; its samples are to be read again."""
-    groups = {task: replace(group, samples=MappingProxyType({}), first_finished_at=None) for task, group in ledger.groups.items()}
+    groups = {
+        task: replace(group, samples=MappingProxyType({}), first_finished_at=None)
+        for task, group in ledger.groups.items()
+    }
     return replace(
         ledger,
         version=version,
@@ -207,9 +210,7 @@ def _min_version(ledger: Ledger, settings: AdmissionSettings, ordinal: int) -> i
 # ---------------------------------------------------------------------------------------------------------- samples
 
 
-def on_sample(
-    ledger: Ledger, settings: AdmissionSettings, seen: SampleSeen, now: float
-) -> tuple[Ledger, Verdict]:
+def on_sample(ledger: Ledger, settings: AdmissionSettings, seen: SampleSeen, now: float) -> tuple[Ledger, Verdict]:
     """Take in a trajectory message; the first one of a (task, sample) counts."""
     ledger = replace(ledger, last_sequence=max(ledger.last_sequence, seen.sequence))
     group = ledger.groups.get(seen.task)
@@ -269,15 +270,13 @@ def _is_finished(settings: AdmissionSettings, group: Group, now: float) -> bool:
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-def take_batch(
-    ledger: Ledger, settings: AdmissionSettings, now: float
-) -> tuple[Ledger, tuple[BatchGroup, ...] | None]:
+def take_batch(ledger: Ledger, settings: AdmissionSettings, now: float) -> tuple[Ledger, tuple[BatchGroup, ...] | None]:
     """Take the next step's groups out of the ledger, oldest deadline first; None while they are not there.
 
     Under `Wait` the step starts only if no group can be left over the bound: for every k in 0..eta, the groups that the
     batch does not take and whose deadline is at most s + k fit into the k steps that follow. Where too many of them are
-    finished already (the settings changed, or a resume shuffled the slots) waiting can't help: the step starts, and what
-    gets over the bound is dropped.
+    finished already (the settings changed, or a resume shuffled the slots) waiting can't help: the step starts, and
+    what gets over the bound is dropped.
     """
     if ledger.steps_trained >= settings.steps:
         return ledger, None
@@ -293,7 +292,9 @@ def take_batch(
     if settings.on_exceeded is OnExceeded.WAIT and not _rest_fits(ledger, settings, taken, left, now):
         return ledger, None
     batch = tuple(
-        BatchGroup(task, tuple(sorted(number for number, sample in ledger.groups[task].samples.items() if sample.scored)))
+        BatchGroup(
+            task, tuple(sorted(number for number, sample in ledger.groups[task].samples.items() if sample.scored))
+        )
         for _, task in ready[: settings.tasks_per_step]
     )
     used = set(ledger.used_ordinals) | {ledger.groups[task].ordinal for task in taken}
@@ -325,9 +326,7 @@ def _deadline(ledger: Ledger, settings: AdmissionSettings, group: Group, now: fl
     return min(running, finished + settings.max_versions)
 
 
-def _rest_fits(
-    ledger: Ledger, settings: AdmissionSettings, taken: set[int], left_ready: set[int], now: float
-) -> bool:
+def _rest_fits(ledger: Ledger, settings: AdmissionSettings, taken: set[int], left_ready: set[int], now: float) -> bool:
     rest = [
         (_deadline(ledger, settings, group, now), task in left_ready)
         for task, group in ledger.groups.items()
@@ -345,9 +344,7 @@ def on_step_trained(ledger: Ledger, settings: AdmissionSettings, version: int) -
     trained = ledger.steps_trained + 1
     # A stretch of versions is forgotten once its newest one is over the bound.
     kept = tuple(
-        anchor
-        for anchor, (_, next_step) in pairwise(ledger.anchors)
-        if trained - next_step <= settings.max_versions
+        anchor for anchor, (_, next_step) in pairwise(ledger.anchors) if trained - next_step <= settings.max_versions
     )
     return replace(ledger, steps_trained=trained, version=version, anchors=(*kept, ledger.anchors[-1]))
 
@@ -403,7 +400,10 @@ def ledger_from_json(value: Mapping[str, Any]) -> Ledger:
             int(task): Group(
                 ordinal=int(group["ordinal"]),
                 samples=MappingProxyType(
-                    {int(k): Sample(int(s[0]), None if s[1] is None else int(s[1]), bool(s[2])) for k, s in group["samples"].items()}
+                    {
+                        int(k): Sample(int(s[0]), None if s[1] is None else int(s[1]), bool(s[2]))
+                        for k, s in group["samples"].items()
+                    }
                 ),
                 first_finished_at=group["firstFinishedAt"],
             )

@@ -4,9 +4,9 @@
 
 Invariants:
 - At most one fetch and at most one swap are under way; fetching goes on beside serving, swapping does not.
-- A swap is exactly ShutGate, Apply, Probe, OpenGate in this order; no token is generated between the first and the last.
+- A swap is exactly ShutGate, Apply, Probe, OpenGate in this order; no token is generated from the first to the last.
 - A version is applied only after its bytes were verified, and served only after its probe passed.
-- The highest (term, generation) counts: a replayed lower order changes nothing; a higher order may name a lower version.
+- The highest (term, generation) counts: a replayed lower order changes nothing; a higher one may name a lower version.
 - What fails after the gate was shut poisons the engine: it is restarted, never served on.
 """
 
@@ -258,8 +258,7 @@ def step(state: WorkerState, event: Event, now: float) -> tuple[WorkerState, tup
         case GateShut():
             if state.swap is Swap.SHUTTING and state.swapping is not None:
                 deadline = now + state.settings.apply_timeout_seconds
-                state = replace(state, swap=Swap.APPLYING, swap_deadline=deadline)
-                return state, (Apply(state.swapping),)
+                return replace(state, swap=Swap.APPLYING, swap_deadline=deadline), (Apply(state.swapping),)
         case GateStuck(error):
             return _poison(state, f"the gate could not be shut: {error}")
         case Applied(published):
