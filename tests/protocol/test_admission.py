@@ -768,12 +768,12 @@ MODEL = hypothesis_settings(
 
 @pytest.mark.parametrize("job", [Job, JobUnderWait])
 def test_in_every_history_each_sample_ends_once_within_the_bound_and_the_job_finishes(job: type[Job]) -> None:
-    run_state_machine_as_test(job, settings=MODEL)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(job, settings=MODEL)
 
 
 def test_the_models_check_fails_when_the_ledgers_bound_is_larger_than_the_check_believes() -> None:
     with pytest.raises(AssertionError, match="is over"):
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             JobWhoseCheckBelievesInASmallerBound,
             settings=hypothesis_settings(MODEL, max_examples=200),
         )

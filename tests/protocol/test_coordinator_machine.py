@@ -229,7 +229,7 @@ def test_the_same_version_of_another_epoch_is_not_convergence() -> None:
 
 
 def test_the_summary_counts_workers_by_version_newest_first_and_names_ten_laggards() -> None:
-    workers = tuple(worker(f"w{n:02}", 2) for n in range(12)) + (worker("x", 3), worker("y", None))
+    workers = (*(worker(f"w{n:02}", 2) for n in range(12)), worker("x", 3), worker("y", None))
     state, _ = run(ordering(3), WorkersSeen(workers))
     found = summary(state, 0.0)
     assert found.serving == ((3, 1), (2, 12))
