@@ -10,7 +10,11 @@ RljobError
 ├── StorageError
 │   ├── BlobCorrupt        digest or size differs from the manifest
 │   ├── BlobMissing        the store has no blob of that name
-│   └── StorageFull        no room for a blob or a record
+│   ├── StorageFull        no room for a blob or a record
+│   └── CheckpointCorrupt  a checkpoint directory is incomplete, or a file of it is not what was written
+├── TrainerError
+│   ├── AcceleratorMissing a GPU was asked for and there is no CUDA device; never a silent fallback to the CPU
+│   └── TrainingDiverged   a gradient is not finite: the update is refused before it reaches the weights
 ├── EngineError
 │   └── EnginePoisoned     the engine can no longer be trusted: it must be restarted, never served on
 └── EnvironmentFailure     the environment broke or timed out; an outcome of its own, never reward 0
@@ -85,6 +89,22 @@ class BlobMissing(StorageError):
 
 class StorageFull(StorageError):
     """There is no room left for a blob, a checkpoint or a record."""
+
+
+class CheckpointCorrupt(StorageError):
+    """The checkpoint is incomplete, or a file of it is not what was written."""
+
+
+class TrainerError(RljobError):
+    """The trainer cannot go on."""
+
+
+class AcceleratorMissing(TrainerError):
+    """A GPU was requested and this process sees no CUDA device."""
+
+
+class TrainingDiverged(TrainerError):
+    """A gradient is NaN or infinite; weights and optimizer state are those before the update."""
 
 
 class EngineError(RljobError):

@@ -150,8 +150,14 @@ def step_of_version(ledger: Ledger, version: int) -> int:
 
 
 def staleness_of(ledger: Ledger, version: int) -> int:
-    """Steps between a token's version and the coming step; never negative."""
-    return max(0, ledger.steps_trained - step_of_version(ledger, version))
+    """Steps between a token's version and the coming step; 0 for the present version only.
+
+    A version that a resume rolled back may be numbered for the present step, and its weights are others all the same: it
+    counts as one step old.
+    """
+    if version == ledger.version:
+        return 0
+    return max(1, ledger.steps_trained - step_of_version(ledger, version))
 
 
 def on_resume(ledger: Ledger, version: int) -> Ledger:

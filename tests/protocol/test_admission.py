@@ -414,7 +414,7 @@ def test_staleness_counts_steps_over_a_resume_and_a_rolled_back_version_counts_a
     ledger = replace(new_ledger(), steps_trained=5, version=5)
     ledger = on_resume(ledger, 8)  # 6 and 7 were published after the checkpoint
     assert [step_of_version(ledger, version) for version in (3, 5, 6, 7, 8, 9)] == [3, 5, 5, 5, 5, 6]
-    assert [staleness_of(ledger, version) for version in (3, 5, 6, 7, 8)] == [2, 0, 0, 0, 0]
+    assert [staleness_of(ledger, version) for version in (3, 5, 6, 7, 8)] == [2, 1, 1, 1, 0]
     for version in (9, 10, 11):
         ledger = on_step_trained(ledger, settings, version)
     assert [staleness_of(ledger, version) for version in (3, 5, 6, 7, 8, 9, 10, 11)] == [5, 3, 3, 3, 3, 2, 1, 0]
