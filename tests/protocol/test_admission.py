@@ -497,7 +497,7 @@ class Job(RuleBasedStateMachine):
         self.settings = rules(
             tasks_per_step=data.draw(st.integers(1, 3)),
             samples_per_task=samples_per_task,
-            max_versions=data.draw(st.integers(1, 3)),
+            max_versions=data.draw(st.integers(0, 3)),
             on_exceeded=data.draw(st.sampled_from(self.modes)),
             min_group_size=data.draw(st.integers(1, samples_per_task)),
             steps=data.draw(st.integers(4, 9)),
