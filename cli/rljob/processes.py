@@ -7,7 +7,6 @@ process group.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+from rljob_protocol.children import die_with_parent
 
 
 @dataclass(slots=True)
@@ -65,7 +63,7 @@ def start(name: str, command: Sequence[str], environment: Mapping[str, str], log
             stderr=subprocess.STDOUT,
             env=dict(environment),
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     return Child(name, process, log)
 
@@ -81,7 +79,3 @@ def stop_all(children: Sequence[Child], *, grace_seconds: float) -> None:
         # Also when the child itself is gone: what it started may not be.
         child.kill_group()
         child.process.wait()
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -154,7 +154,11 @@ def _mask(axes: Any, runs: Sequence[Run]) -> None:
     for run, colour in zip(runs, COLOURS * len(runs), strict=False):
         axes.plot(_numbers(run), [step.keep_fraction for step in run.steps], color=colour, label=f"{run.label}, keep")
         axes.plot(
-            _numbers(run), [step.clip_fraction for step in run.steps], color=colour, linestyle=":", label=f"{run.label}, clip"
+            _numbers(run),
+            [step.clip_fraction for step in run.steps],
+            color=colour,
+            linestyle=":",
+            label=f"{run.label}, clip",
         )
     axes.set_xlabel("step")
     axes.set_ylim(0, 1.02)
@@ -189,7 +193,9 @@ def _bars(axes: Any, runs: Sequence[Run], values: Callable[[Run], tuple[list[int
     width = 0.8 / len(runs)
     for index, (run, colour) in enumerate(zip(runs, COLOURS * len(runs), strict=False)):
         keys, heights = values(run)
-        axes.bar([key + (index - (len(runs) - 1) / 2) * width for key in keys], heights, width, color=colour, label=run.label)
+        axes.bar(
+            [key + (index - (len(runs) - 1) / 2) * width for key in keys], heights, width, color=colour, label=run.label
+        )
     axes.set_xlabel("staleness (versions)")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -199,7 +205,9 @@ def _time(axes: Any, runs: Sequence[Run]) -> None:
     parts = ("waiting", "scoring", "training", "publishing", "checkpointing")
     window = max(1, len(run.steps) // 80)
     groups = [run.steps[i : i + window] for i in range(0, len(run.steps), window)]
-    series = [[sum(getattr(step, f"seconds_{part}") for step in group) / len(group) for group in groups] for part in parts]
+    series = [
+        [sum(getattr(step, f"seconds_{part}") for step in group) / len(group) for group in groups] for part in parts
+    ]
     axes.stackplot([group[-1].step for group in groups], *series, labels=parts, colors=COLOURS)
     axes.set_xlabel("step")
 
@@ -222,7 +230,9 @@ def _entropy(axes: Any, runs: Sequence[Run]) -> None:
 
 def _tokens(axes: Any, runs: Sequence[Run]) -> None:
     for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        axes.plot(_numbers(run), [step.tokens_trained for step in run.steps], color=colour, label=f"{run.label}, trained")
+        axes.plot(
+            _numbers(run), [step.tokens_trained for step in run.steps], color=colour, label=f"{run.label}, trained"
+        )
         dropped = [sum(step.tokens_dropped.values()) for step in run.steps]
         axes.plot(_numbers(run), dropped, color=colour, linestyle=":", label=f"{run.label}, dropped")
     axes.set_xlabel("step")
@@ -255,7 +265,10 @@ def _summary_table(runs: Sequence[Run]) -> str:
         cells("largest staleness", lambda s: str(s.staleness_max)),
         cells("trajectories over several versions", lambda s: f"{s.share_spanning_versions:.0%}"),
         cells("partial rollouts continued", lambda s: f"{s.partials_continued:,}"),
-        cells("tokens salvaged / lost by interruptions", lambda s: f"{s.tokens_salvaged:,} / {s.tokens_lost_to_interruptions}"),
+        cells(
+            "tokens salvaged / lost by interruptions",
+            lambda s: f"{s.tokens_salvaged:,} / {s.tokens_lost_to_interruptions}",
+        ),
         cells("tokens generated", lambda s: f"{s.conservation.generated:,}"),
         cells("tokens trained", lambda s: f"{s.conservation.trained:,}"),
         cells("tokens dropped", lambda s: ", ".join(f"{k} {v:,}" for k, v in s.conservation.dropped.items()) or "0"),

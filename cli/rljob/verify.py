@@ -9,6 +9,7 @@ crash, and no sample was trained twice.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -93,7 +94,9 @@ def verify(root: Path, *, minimum_tokens: int, out: TextIO) -> int:
     directory = RunDirectory(root)
     rows = list(read_record(directory.record))
     if not rows:
-        raise RljobError(f"{directory.record} holds no step: the run was started with --record-bytes 0, or trained nothing")
+        raise RljobError(
+            f"{directory.record} holds no step: the run was started with --record-bytes 0, or trained nothing"
+        )
     findings = Findings()
     rescore(directory.record, rows, minimum_tokens, findings)
     _check_once(rows, findings)
@@ -118,7 +121,9 @@ def verify(root: Path, *, minimum_tokens: int, out: TextIO) -> int:
         stated = tokens.trained + tokens.dropped.get("Stale", 0) + tokens.dropped.get("MissingOldLogprob", 0)
         # Whole groups can be dropped as stale too; those never reach a step.
         if not tokens.trained <= recorded <= stated:
-            findings.problems.append(f"the record holds {recorded} model tokens, the counters say {tokens.trained} were trained")
+            findings.problems.append(
+                f"the record holds {recorded} model tokens, the counters say {tokens.trained} were trained"
+            )
     else:
         print(f"note: the record ends at step {note}, where its byte bound was reached", file=out)
     for problem in findings.problems:
@@ -139,8 +144,10 @@ def read_record(record: Path) -> Iterator[Row]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         exact_codes = [int(code) for code, name in header["source_names"].items() if name in EXACT_SOURCES]
         offsets = tensors["row_offsets"]
-        for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-            part: dict[str, Any] = {name: tensor[start:end] for name, tensor in tensors.items() if name != "row_offsets"}
+        for index, (start, end) in enumerate(itertools.pairwise(offsets)):
+            part: dict[str, Any] = {
+                name: tensor[start:end] for name, tensor in tensors.items() if name != "row_offsets"
+            }
             yield Row(
                 step=header["step"],
                 epoch=header["epoch"],

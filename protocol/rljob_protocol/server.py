@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from rljob_api.errors import MessagingUnavailable
+from rljob_protocol.children import die_with_parent
 
 START_SECONDS = 15.0
 STOP_SECONDS = 10.0
@@ -96,7 +97,11 @@ class NatsServer:
         log = self._directory / "nats.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [binary, "-c", str(configuration)], stdout=output, stderr=output, start_new_session=True
+                [binary, "-c", str(configuration)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
