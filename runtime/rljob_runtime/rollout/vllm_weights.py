@@ -17,6 +17,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from rljob_protocol.children import die_with_parent
+
 BACKEND = "rljob"
 
 
@@ -42,7 +44,9 @@ class FileWeightTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: i
     repack_tied = True
 
     def init_transfer_engine(self, init_info: FileInit) -> None:
-        """Remember the options."""
+        """Remember the options. Called in the worker process once it is up."""
+        # A rollout process that is killed must not leave an engine behind that holds the machine's memory.
+        die_with_parent()
         self.repack_tied = init_info.repack_tied
 
     def start_weight_update(self) -> None:
@@ -68,7 +72,13 @@ class FileWeightTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: i
 
 
 class Extension:
-    """What `worker_extension_cls` names; importing it is all that is needed."""
+    """What `worker_extension_cls` names: vLLM mixes it into its worker, and its import registers the backend."""
+
+    distributed_init_method: str
+
+    def rendezvous_address(self) -> str:
+        """Where this worker met the others; a file on one machine, which vLLM leaves behind."""
+        return self.distributed_init_method
 
 
 def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
