@@ -186,6 +186,8 @@ class SimulatedEngine:
     def _extend(self, running: _Running, logits_V: torch.Tensor) -> None:
         request = running.request
         logprobs_V = torch.log_softmax(logits_V / request.temperature, -1)
+        if not torch.isfinite(logprobs_V).any():
+            raise ValueError(f"log-probabilities after request {request.request_id} are not finite")
         position = len(request.prompt) + len(running.tokens)
         key = request.request_id if request.seed is None else str(request.seed)
         cumulative_V = torch.cumsum(logprobs_V.double().exp(), 0)

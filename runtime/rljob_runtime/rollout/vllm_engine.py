@@ -60,7 +60,7 @@ class VllmEngine:
         self._vocab_size = 0
         self._expected: ExpectedTensors | None = None
         self._processes: frozenset[psutil.Process] = frozenset()
-        self._rendezvous: tuple[Path, ...] = ()
+        self.rendezvous_files: tuple[Path, ...] = ()
         self._probes = itertools.count()
         self._in_flight: set[str] = set()
         self._idle = asyncio.Event()
@@ -72,14 +72,14 @@ class VllmEngine:
         before = vllm_processes.children()
         try:
             # In a thread: it takes seconds, and the worker's heartbeats must go on.
-            self._engine, self._expected = await asyncio.to_thread(self._construct)
+            await asyncio.to_thread(self._construct)
             self._processes = vllm_processes.children() - before
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
             await self._engine.init_weight_transfer_engine(
                 WeightTransferInitRequest(init_info={"repack_tied": self._settings.repack_tied})
             )
-            self._rendezvous = tuple(
+            self.rendezvous_files = tuple(
                 Path(address.removeprefix("file://"))
                 for address in await self._engine.collective_rpc("rendezvous_address")
                 if address.startswith("file://")
@@ -158,7 +158,9 @@ class VllmEngine:
             await self._engine.finish_weight_update(str(manifest.version))
             if not await self._engine.reset_prefix_cache():
                 raise EngineError("the prefix cache could not be cleared: it holds keys and values of the old version")
-        except Exception as error:  # vLLM passes on any exception of its worker, and whatever it was, the weights are unknown
+        except (
+            Exception
+        ) as error:  # vLLM passes on any exception of its worker, and whatever it was, the weights are unknown
             raise EnginePoisoned(f"version {manifest.version}: {type(error).__name__}: {error}") from error
         self._unusable = None
 
@@ -194,10 +196,10 @@ class VllmEngine:
         # AsyncLLM is part of a reference cycle; collected only at the interpreter's exit, its finalizer fails there.
         gc.collect()
         self._processes = frozenset()
-        for path in self._rendezvous:
+        for path in self.rendezvous_files:
             path.unlink(missing_ok=True)
 
-    def _construct(self) -> tuple[Any, ExpectedTensors]:
+    def _construct(self) -> None:
         on_gpu = torch.cuda.is_available()
         prepare_environment(on_gpu=on_gpu)
         from vllm.config import WeightTransferConfig
@@ -234,11 +236,13 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, settings.max_model_len),
             }
-        expected = expected_tensors(self._directory)
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)), expected
+        self._expected = expected_tensors(self._directory)
+        # Not returned: the thread's future would hold it for ever.
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _run(self, prompt: tuple[int, ...], sampling: Any, request_id: str) -> Any:
         """The final output; None where the engine refused the request because it was paused meanwhile."""
+        from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         if self._engine is None:
@@ -251,7 +255,7 @@ class VllmEngine:
         except EngineDeadError as error:
             self._unusable = "the engine died"
             raise EngineError("the engine died: it must be started again") from error
-        except (EngineGenerateError, ValueError, RuntimeError) as error:
+        except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             if self._paused:
                 return None  # 0.33 refuses new requests of a paused engine, 0.32 keeps them
             raise EngineError(f"request {request_id} was refused: {error}") from error

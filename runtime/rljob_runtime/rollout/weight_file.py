@@ -60,7 +60,9 @@ def check_weight_file(path: Path, expected: ExpectedTensors) -> None:
         findings.append(f"{len(unknown)} are not of this model ({_some(unknown)})")
     if wrong:
         first = wrong[0]
-        findings.append(f"{len(wrong)} have another shape ({first} {shapes[first]} instead of {expected.shapes[first]})")
+        findings.append(
+            f"{len(wrong)} have another shape ({first} {shapes[first]} instead of {expected.shapes[first]})"
+        )
     if findings:
         raise EngineError(f"{path.name} is not a full set of weights of this model: {'; '.join(findings)}")
 
