@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from rljob_api.messages import BucketStats, StepReport, WorkerState
@@ -149,7 +150,7 @@ def discrepancy_over_steps(runs: Sequence[PlottedRun]) -> str:
 
 def discrepancy_by_staleness(runs: Sequence[PlottedRun]) -> str:
     """The same over the whole run: flat is clean, rising means that staleness leaked into the discrepancy ratio."""
-    pooled = [_pooled(run.steps) for run in runs]
+    pooled = [pooled_discrepancy(run.steps) for run in runs]
     buckets = sorted({bucket for one in pooled for bucket in one})
 
     def draw(axes: Axes) -> None:
@@ -163,7 +164,7 @@ def discrepancy_by_staleness(runs: Sequence[PlottedRun]) -> str:
             axes.plot(x, largest, "_", color=color, markersize=12, markeredgewidth=2, label=f"{run.name}: largest")
         axes.set_xticks(range(len(buckets)), [str(bucket) for bucket in buckets])
         axes.set(xlabel="staleness of the token, in versions", ylabel="|log r_d|")
-        _log_scale(axes)
+        _log_scale(axes, min((one.rms_log_discrepancy for run in pooled for one in run.values()), default=0.0))
         _legend(axes)
 
     return _one("discrepancy-staleness", draw)
@@ -193,6 +194,7 @@ def tokens(runs: Sequence[PlottedRun]) -> str:
         _legend(left)
         right.set(title="dropped, by reason", xlabel="tokens")
         right.set_yticks(range(len(reasons)), reasons)
+        right.set_ylim(max(2, len(reasons) - 0.5), -0.5)
         if not reasons:
             right.text(0.5, 0.5, "none dropped", transform=right.transAxes, ha="center", color="#6b7280")
             right.set(xticks=[])
@@ -210,9 +212,10 @@ def time_breakdown(runs: Sequence[PlottedRun]) -> str:
         x, y = _thin(run, seconds)
         colors = [color for _, _, color in PHASES]
         axes.stackplot(x, y.T, labels=[name for name, _, _ in PHASES], colors=colors, linewidth=0)
-        # The first steps wait for engines to start, and would squeeze all others.
-        top = float(np.quantile(y.sum(axis=1), 0.98)) * 1.3
-        axes.set(ylabel="seconds a step", ylim=(0, top or 1))
+        # The first step waits for the engines to start, and would squeeze all others.
+        heights = np.sort(y.sum(axis=1))
+        top = float(heights[: max(1, round(0.98 * len(heights)) - 1)][-1])
+        axes.set(ylabel="seconds a step", ylim=(0, top * 1.15 or 1))
         _legend(axes, reverse=True)
 
     return _each("time", runs, draw)
@@ -237,10 +240,27 @@ def pauses(runs: Sequence[PlottedRun]) -> str:
     return _one("pauses", draw)
 
 
+def optimisation(runs: Sequence[PlottedRun]) -> str:
+    """Entropy of the policy and gradient norm."""
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        for run, color in _colored(runs):
+            left.plot(*_curve(run, lambda s: s.entropy), color=color, label=run.name)
+            right.plot(*_curve(run, lambda s: s.gradient_norm), color=color, linewidth=1)
+        left.set(title="entropy, nats", xlabel="step")
+        right.set(title="gradient norm before clipping", xlabel="step")
+        _log_scale(right)
+        if len(runs) > 1:
+            _legend(left)
+
+    return _svg("optimisation", draw, WIDTH, HEIGHT)
+
+
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _pooled(steps: Sequence[StepReport]) -> Mapping[int, BucketStats]:
+def pooled_discrepancy(steps: Sequence[StepReport]) -> Mapping[int, BucketStats]:
     """Per staleness over all steps: RMS weighted by tokens, and the largest."""
     found: dict[int, BucketStats] = {}
     for step in steps:
@@ -298,11 +318,19 @@ def _smooth(values: Floats) -> Floats:
     return np.asarray(np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same"))
 
 
-def _log_scale(axes: Axes) -> None:
-    """Logarithmic where there is something to show: all zero (a simulated engine, exactly) has no logarithm."""
+def _log_scale(axes: Axes, lowest: float | None = None) -> None:
+    """Whole decades, where there is something to show: all zero (engine and trainer agree exactly) has no logarithm.
+
+    Bars reach down to `lowest` less a decade: on a logarithmic axis they have no natural foot.
+    """
     low, high = axes.dataLim.intervaly
-    if np.isfinite(high) and high > 0 and (low > 0 or axes.patches):
-        axes.set_yscale("log")
+    low = low if lowest is None else lowest
+    if not (np.isfinite(high) and high > 0 and low > 0):
+        return
+    axes.set_yscale("log")
+    axes.set_ylim(10 ** np.floor(np.log10(low) - (lowest is not None)), 10 ** np.ceil(np.log10(high) + 1e-9))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _thousands(axes: Axes, axis: str) -> None:
@@ -346,6 +374,9 @@ def _svg(name: str, draw: Callable[[Figure], None], width: float, height: float)
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height))
         draw(figure)
+        for axes in figure.axes:
+            if axes.get_xlabel() == "step":
+                axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

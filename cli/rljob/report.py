@@ -22,6 +22,8 @@ from rljob_api.errors import RljobError
 from rljob_api.messages import StepReport, WorkerState
 
 MAX_WORKER_ROWS = 200
+LEAK_FACTOR = 1.5
+"""Growth of RMS log r_d from the freshest to the stalest tokens that is still called flat."""
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; }
@@ -66,7 +68,12 @@ PLOTS: tuple[tuple[str, str, Callable[[Sequence[PlottedRun]], str]], ...] = (
     ),
     ("Discrepancy over steps", "The same for each step.", plots.discrepancy_over_steps),
     ("Tokens", "Model tokens trained, and dropped by the trainer with the reason.", plots.tokens),
-    ("Time", "Where each step's wall time went; waiting is the trainer's idle time.", plots.time_breakdown),
+    ("Optimisation", "How sure the policy is, and how large its updates are.", plots.optimisation),
+    (
+        "Time",
+        "Where each step's wall time went; waiting is the trainer's idle time. The longest steps (start-up) are cut off.",
+        plots.time_breakdown,
+    ),
     (
         "Pauses",
         "How long a worker's gate was shut to change version (the last 64 changes of each worker).",
@@ -117,7 +124,7 @@ def render(runs: Sequence[ReportedRun]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(title)} – rljob report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_text(title)}</h1>\n{head}\n<h2>Curves</h2>\n"
+        f"<h1>{_text(title)}</h1>\n{head}\n{''.join(_leak(run) for run in runs)}\n<h2>Curves</h2>\n"
         f'<div class="grid">\n{figures}\n</div>\n<h2>Summary</h2>\n{_summary_table(runs)}\n{tables}\n</body>\n</html>\n'
     )
 
@@ -150,6 +157,19 @@ def _summary(
 
 
 # --------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _leak(run: ReportedRun) -> str:
+    """One sentence on whether the discrepancy ratio grows with staleness."""
+    pooled = plots.pooled_discrepancy(run.steps)
+    if len(pooled) < 2 or pooled[min(pooled)].rms_log_discrepancy == 0:
+        return ""
+    factor = pooled[max(pooled)].rms_log_discrepancy / pooled[min(pooled)].rms_log_discrepancy
+    said = "flat: no staleness in it" if factor < LEAK_FACTOR else "rising: staleness leaks into the mask"
+    return (
+        f'<p class="{"note" if factor < LEAK_FACTOR else "bad"}">{_text(run.label)}: RMS of log r_d at staleness '
+        f"{max(pooled)} is {factor:.2f} times that at {min(pooled)}, {said}.</p>"
+    )
 
 
 def _one_run(run: ReportedRun) -> str:
@@ -201,7 +221,7 @@ def _summary_table(runs: Sequence[ReportedRun]) -> str:
         ("Tokens lost to interruptions", lambda s: f"{s.tokens_lost_to_interruptions:,}"),
         ("Tokens generated", lambda s: f"{s.conservation.generated:,}"),
         ("… trained", lambda s: f"{s.conservation.trained:,}"),
-        ("… dropped", lambda s: f"{sum(s.conservation.dropped.values()):,}"),
+        ("… dropped", lambda s: ", ".join(f"{reason} {n:,}" for reason, n in s.conservation.dropped.items()) or "0"),
         ("… in flight at the end", lambda s: f"{s.conservation.in_flight:,}"),
         ("… lost in crashes", lambda s: f"{s.conservation.lost:,}"),
         ("Tokens a second", lambda s: f"{s.tokens_per_second:,.1f}"),
