@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rljob_api.errors import MessagingUnavailable
@@ -49,12 +50,15 @@ class NatsServer:
         host: str = "127.0.0.1",
         max_payload_bytes: int = 8 << 20,
         max_store_bytes: int = 64 << 30,
+        in_child: Callable[[], None] | None = None,
     ) -> None:
+        """`in_child` runs in the new process before nats-server does, for example to tie its life to this process's."""
         self._directory = directory
         self._host = host
         self.port = port if port is not None else free_port(host)
         self._max_payload_bytes = max_payload_bytes
         self._max_store_bytes = max_store_bytes
+        self._in_child = in_child
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -96,7 +100,11 @@ class NatsServer:
         log = self._directory / "nats.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [binary, "-c", str(configuration)], stdout=output, stderr=output, start_new_session=True
+                [binary, "-c", str(configuration)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=self._in_child,
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -31,9 +32,9 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(process: str, level: int = logging.INFO) -> logging.Logger:
-    """Send this process's logs to standard error and return its logger."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure(process: str, file: Path | None = None, *, level: int = logging.INFO) -> logging.Logger:
+    """Send this process's logs to a file, or to standard error, and return its logger."""
+    handler = logging.StreamHandler(sys.stderr) if file is None else logging.FileHandler(file)
     handler.setFormatter(JsonLines(process))
     logger = logging.getLogger("rljob")
     logger.handlers[:] = [handler]
