@@ -25,10 +25,9 @@ def score_rows(
     model_files: Path,
     weights: Path,
     compute_type: str,
-    rows: Sequence[NDArray[np.int32]],
-    temperature: float,
+    rows: Sequence[tuple[NDArray[np.int32], float]],
 ) -> list[NDArray[np.float32]]:
-    """Log-probability of each token [T] after the tokens before it, at the temperature; 0 for a row's first token.
+    """Log-probability of each token [T] after the tokens before it, at the row's temperature; 0 for its first token.
 
     Each row is scored alone, without padding.
 
@@ -36,6 +35,7 @@ def score_rows(
         model_files: folder with config.json.
         weights: safetensors file with the whole model in the compute type.
         compute_type: Float32 or BFloat16.
+        rows: (token ids [T], temperature) of each row.
 
     Raises:
         StorageError: the weights do not fit the model.
@@ -56,7 +56,7 @@ def score_rows(
             raise StorageError(f"{weights} does not fit the recorded model: {', '.join(map(str, strange[:5]))}")
         model.eval()
         with torch.inference_mode():
-            return [_score(model, row, temperature) for row in rows]
+            return [_score(model, tokens, temperature) for tokens, temperature in rows]
 
 
 def _score(model: torch.nn.Module, row: NDArray[np.int32], temperature: float) -> NDArray[np.float32]:

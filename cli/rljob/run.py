@@ -448,7 +448,8 @@ def resume_run(root: Path, options: RunOptions, out: TextIO) -> int:
 
 
 def _run(job: RLJob, directory: RunDirectory, info: RunInfo, options: RunOptions, out: TextIO) -> int:
-    ignored = ignored_locally(job)
+    # The saved job has every default written out, and would name fields that nobody set.
+    ignored = ignored_locally(job) if info.attempts == 1 else ()
     if ignored:
         print(f"rljob run ignores: {', '.join(ignored)}", file=out)
     if any(pool.engine.simulated is not None for pool in job.spec.rollout_pools):

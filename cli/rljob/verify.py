@@ -216,13 +216,11 @@ def _compare(record: Record, versions: Mapping[int, RecordedVersion], chosen: Se
                     by_version.setdefault(version, []).append((step, place))
     found: dict[int, list[NDArray[np.float64]]] = {}
     for version, places in sorted(by_version.items()):
-        step = places[0][0]
         scored = score_rows(
             record.model,
             versions[version].weights,
-            step.compute_type,
-            [step.tensors["tokens"][place] for step, place in places],
-            step.temperature,
+            versions[version].manifest.compute_type,
+            [(step.tensors["tokens"][place], step.temperature) for step, place in places],
         )
         for (step, place), logprobs in zip(places, scored, strict=True):
             of_version = step.is_exact[place] & (step.tensors["weight_version"][place] == version)
