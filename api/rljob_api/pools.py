@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
-from rljob_api.base import FrozenModel
+from rljob_api.base import FrozenJsonObject, FrozenModel
 
 
 class PodTemplate(FrozenModel):
     """A Kubernetes pod template. Unknown fields are kept as they are; the operator applies them strictly."""
 
-    metadata: dict[str, JsonValue] | None = Field(default=None, description="Labels and annotations of the pods.")
-    spec: dict[str, JsonValue] | None = Field(
+    metadata: FrozenJsonObject | None = Field(default=None, description="Labels and annotations of the pods.")
+    spec: FrozenJsonObject | None = Field(
         default=None, description="Pod spec; the container `trainer` or `rollout` is the runtime's."
     )
 

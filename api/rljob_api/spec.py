@@ -9,9 +9,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
-from rljob_api.base import FrozenModel
+from rljob_api.base import FrozenJson, FrozenJsonObject, FrozenModel, FrozenNumbers, FrozenObject, FrozenTexts
 from rljob_api.failure_policy import FailurePolicy
 from rljob_api.names import API_VERSION, KIND
 from rljob_api.pools import RolloutPool, TrainerPool
@@ -130,8 +130,8 @@ class Environment(FrozenModel):
     name: str = Field(
         min_length=1, max_length=63, description="`reasoning-gym`, or a built-in environment such as `digit-copy`."
     )
-    parameters: dict[str, JsonValue] = Field(
-        default_factory=dict, description="Parameters of the environment, passed through as they are."
+    parameters: FrozenJsonObject = Field(
+        default_factory=FrozenObject, description="Parameters of the environment, passed through as they are."
     )
     timeout_seconds: float = Field(
         default=60.0,
@@ -160,7 +160,9 @@ class Sampling(FrozenModel):
         default=4096,
         ge=2,
         le=1 << 20,
-        description="Longest trajectory with prompt and observations, in tokens; an episode that reaches it ends as truncated.",
+        description=(
+            "Longest trajectory with prompt and observations, in tokens; an episode that reaches it ends as truncated."
+        ),
     )
     samples_per_task: int = Field(
         default=8, ge=1, le=1024, description="Samples of one task: the group that advantages are computed over."
@@ -172,9 +174,9 @@ class Sampling(FrozenModel):
     presence_penalty: float = Field(default=0.0, description="Must be 0.")
     frequency_penalty: float = Field(default=0.0, description="Must be 0.")
     min_tokens: int = Field(default=0, description="Must be 0.")
-    logit_bias: dict[str, float] = Field(default_factory=dict, description="Must be empty.")
+    logit_bias: FrozenNumbers = Field(default_factory=FrozenObject, description="Must be empty.")
     bad_words: tuple[str, ...] = Field(default=(), description="Must be empty.")
-    guided_decoding: JsonValue = Field(default=None, description="Must be unset.")
+    guided_decoding: FrozenJson = Field(default=None, description="Must be unset.")
 
 
 # ------------------------------------------------------------------------------------------------ training, correction
@@ -215,7 +217,9 @@ class Training(FrozenModel):
     straggler_timeout_seconds: float = Field(
         default=600.0,
         gt=0,
-        description="How long a group waits for its missing samples after the first finished, before it trains or drops as one.",
+        description=(
+            "How long a group waits for its missing samples after the first finished, before it trains or drops as one."
+        ),
     )
     seed: int = Field(default=0, ge=0, description="Seed of the task order and of everything random in the trainer.")
 
@@ -229,7 +233,10 @@ class Staleness(FrozenModel):
     )
     on_exceeded: OnExceeded = Field(
         default=OnExceeded.MASK_TOKENS,
-        description="MaskTokens leaves tokens over the bound out of the loss; DropGroup drops their group; Wait paces strictly and is slower with heavy tails.",
+        description=(
+            "MaskTokens leaves tokens over the bound out of the loss; DropGroup drops their group; Wait paces "
+            "strictly and is slower with heavy tails."
+        ),
     )
 
 
@@ -264,7 +271,10 @@ class Discrepancy(FrozenModel):
 class Correction(FrozenModel):
     old_logprobs: OldLogprobs = Field(
         default=OldLogprobs.SNAPSHOT,
-        description="Snapshot is exact. Resident needs staleness.maxVersions 0. Current and Engine are baselines for comparison.",
+        description=(
+            "Snapshot is exact. Resident needs staleness.maxVersions 0. Current and Engine are baselines for "
+            "comparison."
+        ),
     )
     fallback: Fallback = Field(
         default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had."
@@ -362,7 +372,9 @@ class RLJobSpec(FrozenModel):
     start_deadline_seconds: int = Field(
         default=900,
         ge=1,
-        description="Trainer and minReplicas of every pool must run by then, else the job fails with StartDeadlineExceeded.",
+        description=(
+            "Trainer and minReplicas of every pool must run by then, else the job fails with StartDeadlineExceeded."
+        ),
     )
     ttl_seconds_after_finished: int | None = Field(
         default=None, ge=0, description="Delete the finished job after that long."
@@ -392,14 +404,14 @@ class ObjectMeta(FrozenModel):
 
     name: str = Field(description="Name of the job: RFC 1035 label, at most 40 characters.")
     namespace: str | None = Field(default=None, description="Namespace.")
-    labels: dict[str, str] = Field(default_factory=dict, description="Labels.")
-    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
+    labels: FrozenTexts = Field(default_factory=FrozenObject, description="Labels.")
+    annotations: FrozenTexts = Field(default_factory=FrozenObject, description="Annotations.")
 
 
 class RLJob(FrozenModel):
     """One asynchronous reinforcement-learning job."""
 
-    api_version: Literal["rljob.dev/v1alpha1"] = Field(default=API_VERSION)
-    kind: Literal["RLJob"] = Field(default=KIND)
-    metadata: ObjectMeta
-    spec: RLJobSpec
+    api_version: Literal["rljob.dev/v1alpha1"] = Field(default=API_VERSION, description="Version of this schema.")
+    kind: Literal["RLJob"] = Field(default=KIND, description="Kind of the object.")
+    metadata: ObjectMeta = Field(description="Name, namespace, labels and annotations.")
+    spec: RLJobSpec = Field(description="What the user wants; never written by the operator.")

@@ -94,7 +94,7 @@ class RunDirectory:
         try:
             for folder in (self.root, self.logs, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.job_file.write_text(job.model_dump_json(by_alias=True, indent=2, exclude_none=True) + "\n")
+            self.job_file.write_text(job.model_dump_json(by_alias=True, indent=2, exclude_unset=True) + "\n")
             self.write_info(info)
         except OSError as error:
             raise StorageError(f"{self.root} cannot be written ({error.strerror}): choose another --run-dir") from error

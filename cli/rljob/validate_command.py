@@ -1,4 +1,4 @@
-"""`rljob validate FILE`."""
+"""`rljob validate FILE`: would this job run, and what of it is for a cluster only?"""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from rljob.loader import load_document
 from rljob_api.errors import SpecError
 from rljob_api.validate import ignored_locally, parse_job
 
-EXIT_INVALID = 2
+EXIT_VALID = 0
+EXIT_REFUSED = 2
 
 
 def validate(path: Path, out: TextIO) -> int:
-    """Say whether a file is a valid RLJob; one line per violation."""
+    """Write the verdict on a file: valid, with the fields that `rljob run` ignores, or one line for each violation.
+
+    Returns:
+        The exit code: 0 for a valid file, 2 for a refused one.
+    """
     try:
         job = parse_job(load_document(path))
     except SpecError as error:
-        print(f"{path}: {len(error.violations)} problem(s)", file=out)
-        for violation in error.violations:
-            print(f"  {violation}", file=out)
-        return EXIT_INVALID
-    print(f"{path}: valid", file=out)
-    ignored = ignored_locally(job)
-    if ignored:
-        print(f"  `rljob run` ignores: {', '.join(ignored)}", file=out)
-    return 0
+        out.writelines(f"{violation}\n" for violation in error.violations)
+        return EXIT_REFUSED
+    out.write(f"{path}: valid\n")
+    out.writelines(f"  {field} is for a cluster: `rljob run` ignores it\n" for field in ignored_locally(job))
+    return EXIT_VALID

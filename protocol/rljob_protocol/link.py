@@ -56,6 +56,7 @@ TRANSIENT = (
     nats.errors.StaleConnectionError,
     nats.errors.TimeoutError,
     nats.errors.UnexpectedEOF,
+    nats.js.errors.BucketNotFoundError,
     nats.js.errors.NoStreamResponseError,
     nats.js.errors.ServiceUnavailableError,
     asyncio.TimeoutError,
@@ -211,9 +212,10 @@ class Link:
                 KeyValueConfig(bucket=names.control_bucket, history=1, storage=StorageType.FILE)
             )
         if not await self._exists(f"KV_{names.liveness_bucket}"):
+            # On disk too: a memory bucket is gone after a restart of the server, and nobody would make it again.
             await manager.create_key_value(
                 KeyValueConfig(
-                    bucket=names.liveness_bucket, history=1, ttl=limits.liveness_seconds, storage=StorageType.MEMORY
+                    bucket=names.liveness_bucket, history=1, ttl=limits.liveness_seconds, storage=StorageType.FILE
                 )
             )
         if not await self._exists(f"OBJ_{names.blob_bucket}"):

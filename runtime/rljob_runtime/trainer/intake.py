@@ -251,17 +251,24 @@ class Intake:
             self._pass(sequence)
             return
         header = trajectory.header
-        if sequence > self._received_up_to:
-            # A resume reads what lies between the cursor and its checkpoint again: it was counted then.
+        again = sequence <= self._received_up_to
+        if not again:
             self._received_up_to = sequence
             self._received[f"{header.worker}/{header.incarnation}"] += trajectory.num_model_tokens
         if header.task >= self._ledger.next_task:
             # Finished under a trainer that died after its last checkpoint: its number will be admitted again.
             self._early[(header.task, header.sample)] = (sequence, trajectory)
             return
-        self._accept(sequence, trajectory)
+        self._accept(sequence, trajectory, again=again)
 
-    def _accept(self, sequence: int, trajectory: Trajectory) -> None:
+    def _accept(self, sequence: int, trajectory: Trajectory, *, again: bool = False) -> None:
+        """Hand a trajectory to the ledger.
+
+        Args:
+            sequence: its place on the stream.
+            trajectory: what was read.
+            again: read by an earlier epoch, before its checkpoint: its tokens were counted then, trained or dropped.
+        """
         header = trajectory.header
         scored = header.outcome is not Outcome.ENVIRONMENT_FAILED
         versions = trajectory.versions
@@ -280,10 +287,9 @@ class Intake:
         )
         if verdict is Verdict.ACCEPTED and scored:
             self._payloads[(header.task, header.sample)] = trajectory
-        elif verdict is Verdict.ACCEPTED:
-            self._dropped["EnvironmentFailed"] += trajectory.num_model_tokens
-        else:
-            self._dropped[str(verdict)] += trajectory.num_model_tokens
+        elif not again:
+            reason = "EnvironmentFailed" if verdict is Verdict.ACCEPTED else str(verdict)
+            self._dropped[reason] += trajectory.num_model_tokens
 
     def _pass(self, sequence: int) -> None:
         seen = SampleSeen(
