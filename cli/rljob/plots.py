@@ -313,7 +313,7 @@ def _mean(values: Floats) -> Floats:
 
 def _smooth(values: Floats) -> Floats:
     """Centred running mean; at the ends over what is there."""
-    width = max(1, round(len(values) * SMOOTHING_SHARE))
+    width = min(max(1, round(len(values) * SMOOTHING_SHARE)), (len(values) - 1) // 2)
     kernel = np.ones(2 * width + 1)
     return np.asarray(np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same"))
 

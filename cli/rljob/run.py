@@ -409,7 +409,8 @@ class LocalRun:
 
     def _say(self, text: str) -> None:
         if self._live is not None and self._live.is_started:
-            self._live.console.print(text)
+            # As it is: a log's `[rank0]` is no markup.
+            self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._out, flush=True)
 

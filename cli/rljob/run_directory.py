@@ -142,16 +142,16 @@ class RunDirectory:
             raise RljobError(f"{self.job_file} cannot be read: {error}") from error
 
     def read_steps(self) -> list[StepReport]:
-        """Reports of the steps that count, in order: after a resume the later epoch's report of a step replaces the earlier."""
+        """Reports of the steps that count, in order: what a later epoch trained anew, and all after it, replaces the earlier."""
         if not self.steps_file.exists():
             return []
-        latest: dict[int, StepReport] = {}
-        for line in self.steps_file.read_bytes().splitlines():
-            report = StepReport.from_bytes(line)
-            held = latest.get(report.step)
-            if held is None or report.epoch >= held.epoch:
-                latest[report.step] = report
-        return [latest[step] for step in sorted(latest)]
+        reports = [StepReport.from_bytes(line) for line in self.steps_file.read_bytes().splitlines()]
+        counting: list[StepReport] = []
+        for report in sorted(reports, key=lambda report: (report.epoch, report.step)):
+            while counting and counting[-1].step >= report.step:
+                counting.pop()
+            counting.append(report)
+        return counting
 
     def read_workers(self) -> list[WorkerState]:
         """Last word of each worker incarnation."""

@@ -111,7 +111,9 @@ def verify(run: Path, *, minimum_tokens: int, out: TextIO) -> int:
         print(f"  {'PASS' if check.passed else 'FAIL'}  {check.claim}", file=out)
         for detail in check.details:
             print(f"        {detail}", file=out)
-    return EXIT_OK if all(check.passed for check in checks) else EXIT_FAILED
+    failed = sum(not check.passed for check in checks)
+    print("verify: everything holds" if not failed else f"verify: FAILED, {failed} of {len(checks)} claims", file=out)
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 # ------------------------------------------------------------------------------------------------ what the record holds
