@@ -7,7 +7,6 @@ where it has a session of its own as torchrun's ranks have, is found by the job'
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from rljob_protocol.children import die_with_parent
+
 REAP_SECONDS = 10.0
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(slots=True)
@@ -117,8 +116,3 @@ def marked(variable: str, value: str) -> list[int]:
         except OSError:
             continue  # gone, or another user's
     return found
-
-
-def die_with_parent() -> None:
-    """In a new process: ask the kernel for a SIGTERM when the thread that started it ends, however it ends."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -85,7 +85,6 @@ class LocalRun:
             directory.nats,
             port=options.nats_port,
             max_payload_bytes=job.spec.messaging.max_payload_bytes,
-            in_child=processes.die_with_parent,
         )
         self._trainer: processes.Child | None = None
         self._slots = [
@@ -224,9 +223,7 @@ class LocalRun:
             return
         self._trainer.signal(signal.SIGTERM)
         deadline = time.monotonic() + TRAINER_GRACE_SECONDS
-        while (  # noqa: ASYNC110 (nothing sets an event when a process ends)
-            self._trainer.exit_code() is None and time.monotonic() < deadline and self._stop_signals < 2
-        ):
+        while self._trainer.exit_code() is None and time.monotonic() < deadline and self._stop_signals < 2:
             await asyncio.sleep(POLL_SECONDS)
 
     def _stop_children(self) -> None:
@@ -342,9 +339,7 @@ class LocalRun:
             return
         deadline = time.monotonic() + 5.0
         wanted = max((report.step for report in reports), default=0)
-        while (  # noqa: ASYNC110 (the follower keeps no event of its own)
-            time.monotonic() < deadline and (not self._steps or self._steps[-1].step < wanted)
-        ):
+        while time.monotonic() < deadline and (not self._steps or self._steps[-1].step < wanted):
             await asyncio.sleep(0.05)
 
     def _note_workers(self, workers: tuple[WorkerState, ...]) -> None:

@@ -85,7 +85,7 @@ class StateLimits:
     max_payload_bytes: int
     max_steps: int = 100_000
     liveness_seconds: float = 30.0
-    ack_wait_seconds: float = 30.0
+    ack_wait_seconds: float = 15.0
 
 
 class Link:

@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rljob_api.errors import MessagingUnavailable
+from rljob_protocol.children import die_with_parent
 
 START_SECONDS = 15.0
 STOP_SECONDS = 10.0
@@ -50,15 +50,12 @@ class NatsServer:
         host: str = "127.0.0.1",
         max_payload_bytes: int = 8 << 20,
         max_store_bytes: int = 64 << 30,
-        in_child: Callable[[], None] | None = None,
     ) -> None:
-        """`in_child` runs in the new process before nats-server does, for example to tie its life to this process's."""
         self._directory = directory
         self._host = host
         self.port = port if port is not None else free_port(host)
         self._max_payload_bytes = max_payload_bytes
         self._max_store_bytes = max_store_bytes
-        self._in_child = in_child
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -104,7 +101,7 @@ class NatsServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=self._in_child,
+                preexec_fn=die_with_parent,
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:

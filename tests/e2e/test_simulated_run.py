@@ -54,11 +54,15 @@ def test_killed_workers_and_a_killed_server_cost_counted_tokens_and_nothing_else
     run_directory = tmp_path / "run"
     with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
         wait_for_steps(run_directory, 3)
-        killed = [pid for pid in children_of(process.pid) if b"rollout.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        killed = [
+            pid for pid in children_of(process.pid) if b"rollout.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         assert len(killed) == 2
         os.kill(killed[0], signal.SIGKILL)
         wait_for_steps(run_directory, 8)
-        server = [pid for pid in children_of(process.pid) if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        server = [
+            pid for pid in children_of(process.pid) if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         os.kill(server[0], signal.SIGKILL)
         code = process.wait(200)
     output = (tmp_path / "output.txt").read_text()
@@ -102,4 +106,3 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp
     checked = verify(run_directory, 200)
     assert checked.returncode == 0, checked.stdout
     assert processes_naming(str(tmp_path)) == []
-

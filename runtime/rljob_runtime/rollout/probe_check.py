@@ -39,4 +39,6 @@ def check_probe(probe: Probe, scored: Sequence[float], engine_compute_type: str)
     if passed:
         return ProbeResult(True, largest, rms)
     limit = f"max {MAX_ABS_FLOAT32:g} in fp32" if exact else f"RMS {RMS_BFLOAT16:g} in bf16"
-    return ProbeResult(False, largest, rms, f"probe differs by max {largest:.3g}, RMS {rms:.3g} nats (allowed: {limit})")
+    return ProbeResult(
+        False, largest, rms, f"probe differs by max {largest:.3g}, RMS {rms:.3g} nats (allowed: {limit})"
+    )

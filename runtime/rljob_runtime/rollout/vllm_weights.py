@@ -21,20 +21,20 @@ BACKEND = "rljob"
 
 
 @dataclass
-class FileInit(WeightTransferInitInfo):
+class FileInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM has no types
     """Once, at start."""
 
     repack_tied: bool = True
 
 
 @dataclass
-class FileUpdate(WeightTransferUpdateInfo):
+class FileUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM has no types
     """Each version."""
 
     path: str = ""
 
 
-class FileWeightTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[misc]
+class FileWeightTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[misc]  # vLLM has no types
     """start, receive, finish: one version."""
 
     init_info_cls = FileInit
@@ -83,17 +83,18 @@ def _repack(model: torch.nn.Module) -> None:
     A tied output layer keeps a packed copy of the *old* embedding after every reload path on a CPU: off by nats, with no
     error (the probe finds it). Harmless where nothing is tied; on a GPU no layer has a packed copy.
     """
-    packed = [
-        module
-        for module in model.modules()
-        if hasattr(module, "cpu_linear") and getattr(module, "weight", None) is not None and module.weight.numel() > 0
-    ]
+    packed = [module for module in model.modules() if hasattr(module, "cpu_linear") and _holds_weight(module)]
     if not packed:
         return
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     for module in packed:
         dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _holds_weight(module: torch.nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.numel() > 0
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

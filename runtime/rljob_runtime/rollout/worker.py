@@ -51,7 +51,7 @@ from rljob_runtime.weights.blobs import BlobStore
 from rljob_runtime.weights.fetch import drop_cached_versions, fetch_manifest, fetch_weights
 
 REPORT_SECONDS = 1.0
-EXTEND_SECONDS = 10.0
+EXTEND_SECONDS = 4.0
 CLAIM_WAIT_SECONDS = 1.0
 NOT_YET_SECONDS = 0.2
 """How long a task waits whose minVersion is not served yet."""
