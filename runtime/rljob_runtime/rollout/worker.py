@@ -12,8 +12,9 @@ import asyncio
 import concurrent.futures
 import logging
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,9 @@ NOT_YET_SECONDS = 0.2
 """How long a task waits whose minVersion is not served yet."""
 RETRY_ENVIRONMENT_SECONDS = 2.0
 DRAIN_SECONDS = 20.0
+SEND_SECONDS = 5.0
+"""How long a drain waits for trajectories that are on their way to the stream."""
+CANCEL_ROUNDS = 10
 MAX_PAUSES = 64
 MAX_ENVIRONMENT_THREADS = 32
 
@@ -133,6 +137,8 @@ class RolloutWorker:
         self._ready: Ready | None = None
         self._fetching: asyncio.Task[None] | None = None
         self._episodes: dict[asyncio.Task[None], Episode] = {}
+        self._sending: set[asyncio.Task[None]] = set()
+        self._stored: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
         self._freed = asyncio.Event()
         self._tally = Tally()
         self._pauses: deque[float] = deque(maxlen=MAX_PAUSES)
@@ -176,6 +182,7 @@ class RolloutWorker:
                 if self._fetching is not None:
                     self._fetching.cancel()
                 await self._drain()
+                await _ended(loops)
         except ExceptionGroup as group:
             error = _first(group)
             if isinstance(error, EngineError):
@@ -368,16 +375,24 @@ class RolloutWorker:
         header = trajectory.header
         try:
             data = encode_trajectory(trajectory)
-            await self._log.append(header.task, header.sample, data)
-            await claimed.ack()
         except MalformedMessage as error:
             self._logger.error("trajectory refused before it was sent", extra={"error": str(error)})
             self._tally.drop(trajectory.num_model_tokens, "Malformed")
             await claimed.release(RETRY_ENVIRONMENT_SECONDS)
             return
-        self._tally.delivered += trajectory.num_model_tokens
-        self._tally.trajectories += 1
-        self._tally.continued += header.interruptions
+        current = asyncio.current_task()
+        assert current is not None
+        self._sending.add(current)
+        try:
+            await self._log.append(header.task, header.sample, data)
+            # Before the ack: what the stream has taken is delivered, whatever becomes of the lease.
+            self._stored.add(current)
+            self._tally.delivered += trajectory.num_model_tokens
+            self._tally.trajectories += 1
+            self._tally.continued += header.interruptions
+            await claimed.ack()
+        finally:
+            self._sending.discard(current)
 
     async def _extend(self, claimed: ClaimedTask) -> None:
         while True:
@@ -394,10 +409,15 @@ class RolloutWorker:
         except DeadlineExceeded as error:
             self._logger.warning("drain was not clean", extra={"error": str(error)})
         held = dict(self._episodes)
-        for task in held:
+        for task in held.keys() - self._sending:
             task.cancel()
-        await asyncio.gather(*held, return_exceptions=True)
-        in_flight = sum(episode.num_model_tokens for task, episode in held.items() if task.cancelled())
+        if self._sending:
+            # Cut off between the stream's answer and the tally, a trajectory would be delivered and not counted so.
+            await asyncio.wait(self._sending, timeout=SEND_SECONDS)
+        await _ended(list(held))
+        in_flight = sum(
+            episode.num_model_tokens for task, episode in held.items() if task.cancelled() and task not in self._stored
+        )
         await self._last_words(WorkerPhase.STOPPED, "", in_flight=in_flight)
 
     async def _last_words(self, phase: WorkerPhase, message: str, *, in_flight: int | None = None) -> None:
@@ -419,7 +439,9 @@ class RolloutWorker:
                 self._rate = (generated - before) / (now - since)
                 self._last_rate = (now, generated)
             held = (
-                sum(episode.num_model_tokens for episode in self._episodes.values()) if in_flight is None else in_flight
+                sum(e.num_model_tokens for task, e in self._episodes.items() if task not in self._stored)
+                if in_flight is None
+                else in_flight
             )
             alive = max(now - self._started_at, 1e-9)
             state = WorkerState(
@@ -454,6 +476,21 @@ class RolloutWorker:
                 await self._link.beat(worker_key(self._identity.worker), state)
             except DeadlineExceeded as error:
                 self._logger.warning("state was not written", extra={"error": str(error)})
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once is not always enough: Python 3.11's `wait_for` forgets a cancellation that meets an answer, and a retry over an
+    outage then goes on for its whole deadline, which for a trajectory is an hour.
+    """
+    pending = {task for task in tasks if not task.done()}
+    for _ in range(CANCEL_ROUNDS):
+        for task in pending:
+            task.cancel()
+        if not pending:
+            return
+        _, pending = await asyncio.wait(pending, timeout=1.0)
 
 
 def _first(group: ExceptionGroup[Exception]) -> Exception:
