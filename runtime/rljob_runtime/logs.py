@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -36,9 +37,9 @@ def fields(**values: object) -> dict[str, object]:
     return values
 
 
-def configure(process: str, level: int = logging.INFO) -> logging.Logger:
-    """Send the logs of rljob's packages to standard error and return the process's logger."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure(process: str, file: Path | None = None, *, level: int = logging.INFO) -> logging.Logger:
+    """Send the logs of rljob's packages to a file, or to standard error, and return the process's logger."""
+    handler = logging.StreamHandler(sys.stderr) if file is None else logging.FileHandler(file)
     handler.setFormatter(JsonLines(process))
     for package in ("rljob", "rljob_protocol", "rljob_runtime"):
         logger = logging.getLogger(package)
