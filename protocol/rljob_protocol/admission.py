@@ -5,23 +5,23 @@ trained. The host's loop is: `on_sample` for what the stream brings, `expire`, `
 `on_step_trained`.
 
 Pacing. Every group holds an ordinal n, a slot of step ⌊n/B⌋. A drop frees it, training consumes it. Groups are admitted
-while the lowest free ordinal is below (s + η + 1)·B and the job still needs them, so at most (η + 1)·B are outstanding.
-An engine may start a group only with at least the version of step ⌊n/B⌋ - η; for a freed slot whose step has passed, of
+while the lowest free ordinal is below (s + η + 1)·B and the job still needs them; at most (η + 1)·B are outstanding. An
+engine may start a group only with at least the version of step ⌊n/B⌋ - η; for a freed slot whose step has passed, of
 step s - η, since s is the earliest step that can train it.
 
 Deadlines. The last step that trains a group within the bound is its oldest token's step + η. While it runs that is not
-known, and ⌊n/B⌋ is never later: its tokens are no older than step ⌊n/B⌋ - η.
+known, and its slot's step is never later: no token is older than the version that it may start with.
 
-`Wait`. Call D(k) the number of groups outside the batch whose deadline is ≤ s + k: running ones by their ordinal, ready
-ones by their tokens, and free slots that `admit` would fill, by their ordinal. Step s starts only if D(k) ≤ k·B for
+`Wait`. Call D(k) the number of groups outside the batch whose deadline is ≤ s + k. Step s starts only if D(k) ≤ k·B for
 all k in 0..η.
 - Strict: D(0) = 0 at step s, so whatever is left has its deadline at s + 1 or later, and a deadline only rises when its
   group becomes ready.
-- Live: let A(k) count all slots with deadline ≤ s + k, the batch included. A(k) ≤ (k + 1)·B holds at s = 0 (there are
-  that many ordinals), survives a step (D(k + 1) ≤ (k + 1)·B becomes the next A(k); the window bounds A(η)), survives a
-  drop of a running group (its slot keeps the deadline: this is why free slots count), and readiness only lowers it.
-  Once every running group is ready, the B oldest leave D(k) = max(0, A(k) - B) ≤ k·B: the step starts.
-Only a lowered η or a version taken back can make ready groups impossible to place; `expire` drops those.
+- Live: let A(k) count all outstanding groups with deadline ≤ s + k. A(k) ≤ (k + 1)·B always holds: admission moves a
+  slot to the first later step that has room for it (only a freed slot ever needs that), a step turns
+  D(k + 1) ≤ (k + 1)·B into the next A(k), and drops and readiness only lower A. Once every running group is ready, the
+  B oldest leave D(k) = max(0, A(k) - B) ≤ k·B: the step starts.
+A lowered η, a change to `Wait` or a version taken back can leave ready groups that no order of steps trains in time;
+`expire` drops those.
 """
 
 from __future__ import annotations
@@ -166,9 +166,15 @@ def admit(ledger: Ledger, settings: AdmissionSettings) -> tuple[Ledger, tuple[Ad
     ordinals = _admissible_ordinals(ledger, settings)
     if not ordinals:
         return ledger, ()
+    slots = _slot_steps(ledger, settings, ordinals)
     groups = tuple(
-        Group(task=ledger.next_task + i, ordinal=ordinal, size=settings.samples_per_task)
-        for i, ordinal in enumerate(ordinals)
+        Group(
+            task=ledger.next_task + i,
+            ordinal=ordinal,
+            size=settings.samples_per_task,
+            min_step=slot - settings.max_versions,
+        )
+        for i, (ordinal, slot) in enumerate(zip(ordinals, slots, strict=True))
     )
     taken = set(ordinals)
     ledger = replace(
@@ -178,9 +184,7 @@ def admit(ledger: Ledger, settings: AdmissionSettings) -> tuple[Ledger, tuple[Ad
         freed=tuple(ordinal for ordinal in ledger.freed if ordinal not in taken),
         groups=ledger.groups + groups,
     )
-    return ledger, tuple(
-        Admitted(group.task, group.ordinal, _min_version(ledger, settings, group.ordinal)) for group in groups
-    )
+    return ledger, tuple(Admitted(group.task, group.ordinal, _min_version(ledger, settings, group)) for group in groups)
 
 
 def min_version_of(ledger: Ledger, settings: AdmissionSettings, task: int) -> int:
@@ -192,7 +196,7 @@ def min_version_of(ledger: Ledger, settings: AdmissionSettings, task: int) -> in
     group = ledgers.find_group(ledger, task)
     if group is None:
         raise ValueError(f"task {task} is not outstanding: it was trained, dropped or never admitted")
-    return _min_version(ledger, settings, group.ordinal)
+    return _min_version(ledger, settings, group)
 
 
 def on_sample(ledger: Ledger, settings: AdmissionSettings, sample: SampleSeen, now: float) -> tuple[Ledger, Verdict]:
@@ -253,7 +257,7 @@ def take_batch(ledger: Ledger, settings: AdmissionSettings, now: float) -> tuple
         return ledger, None
     ready = _ready_groups(ledger, settings, now)
     usable = [group for group in ready if _drop_reason(ledger, settings, group, now) is None]
-    usable.sort(key=lambda group: (_ready_deadline(ledger, settings, group), group.task))
+    usable.sort(key=lambda group: (_deadline(ledger, settings, group, is_ready=True), group.task))
     batch = usable[:size]
     if len(batch) < size:
         return ledger, None
@@ -292,19 +296,41 @@ def on_step_trained(ledger: Ledger, settings: AdmissionSettings, version: int) -
 
 
 def _admissible_ordinals(ledger: Ledger, settings: AdmissionSettings) -> list[int]:
-    """Free ordinals inside the window, lowest first, as many as the job still needs."""
+    """Free ordinals inside the window, lowest first, as many as there is room for and the job still needs."""
     size = settings.tasks_per_step
     window_end = (ledger.steps_trained + settings.max_versions + 1) * size
     needed = settings.steps * size - (ledger.next_ordinal - len(ledger.freed))
-    if needed <= 0:
-        return []
-    free = [ordinal for ordinal in ledger.freed if ordinal < window_end]
-    free.extend(range(ledger.next_ordinal, min(window_end, ledger.next_ordinal + max(0, needed - len(free)))))
-    return free[:needed]
+    # Fewer than the free ordinals only after a lowered bound: ordinals beyond the smaller window are held or trained.
+    room = (settings.max_versions + 1) * size - len(ledger.groups)
+    count = max(0, min(needed, room))
+    free = [ordinal for ordinal in ledger.freed if ordinal < window_end][:count]
+    fresh = range(ledger.next_ordinal, min(window_end, ledger.next_ordinal + count - len(free)))
+    return [*free, *fresh]
 
 
-def _min_version(ledger: Ledger, settings: AdmissionSettings, ordinal: int) -> int:
-    step = max(ordinal // settings.tasks_per_step, ledger.steps_trained) - settings.max_versions
+def _slot_steps(ledger: Ledger, settings: AdmissionSettings, ordinals: list[int]) -> list[int]:
+    """The step that each new group is paced for: its ordinal's or, where that has passed, the present one.
+
+    Under `Wait` the first such step that leaves A(k) ≤ (k + 1)·B: there is one while fewer than (η + 1)·B are held.
+    """
+    first, size = ledger.steps_trained, settings.tasks_per_step
+    steps = [max(ordinal // size, first) for ordinal in ordinals]
+    if settings.on_exceeded is not OnExceeded.WAIT:
+        return steps
+    deadlines = [_deadline(ledger, settings, group, is_ready=group.is_complete) for group in ledger.groups]
+    due = [sum(deadline <= first + k for deadline in deadlines) for k in range(settings.max_versions + 1)]
+    slots = []
+    for step in steps:
+        full = [k for k in range(settings.max_versions + 1) if due[k] >= (k + 1) * size]
+        slot = max(step, first + full[-1] + 1 if full else first)
+        for k in range(slot - first, settings.max_versions + 1):
+            due[k] += 1
+        slots.append(slot)
+    return slots
+
+
+def _min_version(ledger: Ledger, settings: AdmissionSettings, group: Group) -> int:
+    step = max(group.min_step, ledger.steps_trained - settings.max_versions)
     return min(version_of_step(ledger, step), ledger.version)
 
 
@@ -331,12 +357,11 @@ def _ready_groups(ledger: Ledger, settings: AdmissionSettings, now: float) -> li
     ]
 
 
-def _ready_deadline(ledger: Ledger, settings: AdmissionSettings, group: Group) -> int:
-    """Last step that trains a ready group within the bound."""
+def _deadline(ledger: Ledger, settings: AdmissionSettings, group: Group, *, is_ready: bool) -> int:
+    """Last step that trains the group within the bound; of a running one, the earliest that this can turn out to be."""
     oldest = [seen.oldest_version for seen in group.scored if seen.oldest_version is not None]
-    if not oldest:
-        return group.ordinal // settings.tasks_per_step
-    return step_of_version(ledger, min(oldest)) + settings.max_versions
+    step = step_of_version(ledger, min(oldest)) if is_ready and oldest else group.min_step
+    return step + settings.max_versions
 
 
 def _drop_reason(ledger: Ledger, settings: AdmissionSettings, group: Group, now: float) -> DropReason | None:
@@ -364,10 +389,12 @@ def _is_over(ledger: Ledger, settings: AdmissionSettings, version: int | None) -
 
 def _rest_can_wait(ledger: Ledger, settings: AdmissionSettings, ready: list[Group], batch: set[int]) -> bool:
     """D(k) ≤ k·B for all k in 0..η: what this step leaves behind can still train within the bound."""
-    deadlines = {group.task: group.ordinal // settings.tasks_per_step for group in ledger.groups}
-    deadlines |= {group.task: _ready_deadline(ledger, settings, group) for group in ready}
-    rest = [deadline for task, deadline in deadlines.items() if task not in batch]
-    rest.extend(ordinal // settings.tasks_per_step for ordinal in _admissible_ordinals(ledger, settings))
+    ready_tasks = {group.task for group in ready}
+    rest = [
+        _deadline(ledger, settings, group, is_ready=group.task in ready_tasks)
+        for group in ledger.groups
+        if group.task not in batch
+    ]
     return all(
         sum(deadline <= ledger.steps_trained + k for deadline in rest) <= k * settings.tasks_per_step
         for k in range(settings.max_versions + 1)
@@ -376,7 +403,7 @@ def _rest_can_wait(ledger: Ledger, settings: AdmissionSettings, ready: list[Grou
 
 def _without_place(ledger: Ledger, settings: AdmissionSettings, ready: list[Group]) -> list[int]:
     """Ready groups too many for the steps left before their deadlines: no waiting helps, the youngest give way."""
-    by_deadline = sorted((_ready_deadline(ledger, settings, group), group.task) for group in ready)
+    by_deadline = sorted((_deadline(ledger, settings, group, is_ready=True), group.task) for group in ready)
     kept: list[int] = []
     without: list[int] = []
     for deadline, task in by_deadline:

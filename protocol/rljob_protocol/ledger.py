@@ -37,6 +37,8 @@ class Group:
     ordinal: int
     size: int
     """Samples that it was admitted with, numbered from 0."""
+    min_step: int
+    """No token of it is older than this step: no engine starts it with less. May be negative."""
     samples: tuple[SeenSample, ...] = ()
     """In the order of their sample numbers."""
     clock_started_at: float | None = None
