@@ -110,7 +110,7 @@ class WorkerState(WireMessage):
     epoch: int = 0
     serving_version: int | None = None
     failed_version: int | None = None
-    """Version that this incarnation could not load: corrupt bytes, a failed apply or a failed probe."""
+    """Version that this worker could not load (corrupt bytes, a failed apply or probe), now or before its restart."""
     order: tuple[int, int] | None = None
     """(term, generation) that the serving version was ordered by; None when followed from `published` (degraded)."""
     degraded: bool = False

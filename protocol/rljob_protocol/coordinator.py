@@ -2,8 +2,9 @@
 
 Pure: `step(coordinator, event, now) -> (coordinator, effects)`. The shell performs the effects and feeds their results
 back; it sends `Tick` at least once a second, reads `published` before it claims a term, and re-reads everything on
-start, on reconnect and on a timer. `WriteDesired` is answered with `DesiredWritten` also where the key already holds exactly
-that value, since a write may be asked for again when its answer is overdue; any other conflict is `Fenced`.
+start, on reconnect and on a timer. `WriteDesired` is answered with `DesiredWritten` also where the key already holds
+exactly that value, since a write may be asked for again when its answer is overdue. After a conflict with a lower term
+the shell reads the key's revision and tries again; a conflict with a higher term is `Fenced`.
 
 Orders. A published version counts when its epoch is not older and its version is greater than the newest seen, and its
 manifest can be read. The goal is the newest such version that is not quarantined. An order is written when the goal or

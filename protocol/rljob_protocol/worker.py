@@ -266,6 +266,7 @@ class Worker:
     is_draining: bool = False
     poison: str = ""
     failed_version: int | None = None
+    """The version that could not be loaded last, by this incarnation or the one before."""
     given_up: Target | None = None
     """A version that came corrupt too often, not tried again under the same order."""
     corrupt_fetches: int = 0
@@ -297,9 +298,13 @@ class Worker:
         return WorkerPhase.SWAPPING if self.is_swapping else WorkerPhase.SERVING
 
 
-def new_worker(settings: WorkerSettings, now: float) -> Worker:
-    """A worker that serves nothing yet; its gate is shut."""
-    return Worker(settings=settings, heard_at=now)
+def new_worker(settings: WorkerSettings, now: float, *, failed_version: int | None = None) -> Worker:
+    """A worker that serves nothing yet; its gate is shut.
+
+    `failed_version` is what this worker's key reported before the process restarted: the report goes on until that
+    version loads, since a restart may be quicker than the coordinator's next look.
+    """
+    return Worker(settings=settings, heard_at=now, failed_version=failed_version)
 
 
 def identity(published: PublishedVersion) -> tuple[int, int]:
@@ -378,8 +383,15 @@ def _opened(worker: Worker, target: Target) -> Worker:
     floor = worker.order_floor
     if target.order is None and worker.desired is not None:
         floor = max(floor, worker.desired.order)
+    has_come_round = worker.failed_version == target.published.version
     return replace(
-        worker, activity=Idle(), proven=target.published, order=target.order, order_floor=floor, last_error=""
+        worker,
+        activity=Idle(),
+        proven=target.published,
+        order=target.order,
+        order_floor=floor,
+        failed_version=None if has_come_round else worker.failed_version,
+        last_error="",
     )
 
 
