@@ -222,7 +222,9 @@ class Cluster:
 
     def tell_worker(self, process: WorkerProcess, event: wo.Event) -> None:
         process.machine, effects = wo.step(process.machine, event, self.now)
-        assert process.machine.is_gate_open or not process.engine.is_gate_open or wo.ShutGate() in effects
+        if process.engine.is_gate_open and not process.machine.is_gate_open:
+            shut = [effect for effect in effects if isinstance(effect, wo.ShutGate | wo.Poison)]
+            assert shut, "the machine held the gate to be shut and did not shut it"
         desired = process.machine.desired
         if desired is not None:
             assert desired.order >= process.best_order, "a worker followed a lower order"
