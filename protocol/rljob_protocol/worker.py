@@ -254,8 +254,10 @@ class Worker:
     published: PublishedVersion | None = None
     epoch: int = 0
     """Highest epoch seen."""
-    beat: tuple[int, int] = (0, -1)
+    beat: tuple[int, int] | None = None
     """Highest (term, beat) seen."""
+    has_heard: bool = False
+    """Whether the coordinator lived since the start: a beat or an order rose, beyond what the keys held at first."""
     proven: PublishedVersion | None = None
     """The version whose probe the engine passed last."""
     order: Order | None = None
@@ -341,7 +343,8 @@ def _take_in(worker: Worker, event: Event, now: float) -> tuple[Worker, tuple[Ef
             if worker.desired is not None and desired.order <= worker.desired.order:
                 return worker, ()
             epoch = max(worker.epoch, desired.published.epoch)
-            return replace(worker, desired=desired, epoch=epoch, heard_at=now), ()
+            has_heard = worker.has_heard or worker.desired is not None
+            return replace(worker, desired=desired, epoch=epoch, heard_at=now, has_heard=has_heard), ()
         case PublishedSeen(published), _:
             if published.epoch < worker.epoch:
                 return worker, ()
@@ -349,9 +352,10 @@ def _take_in(worker: Worker, event: Event, now: float) -> tuple[Worker, tuple[Ef
                 return worker, ()
             return replace(worker, published=published, epoch=published.epoch), ()
         case CoordinatorBeat(beat), _:
-            if (beat.term, beat.beat) <= worker.beat:
+            if worker.beat is not None and (beat.term, beat.beat) <= worker.beat:
                 return worker, ()
-            return replace(worker, beat=(beat.term, beat.beat), heard_at=now), ()
+            has_heard = worker.has_heard or worker.beat is not None
+            return replace(worker, beat=(beat.term, beat.beat), heard_at=now, has_heard=has_heard), ()
         case Fetched(published), Fetching(target=target) if published == target.published:
             worker = replace(worker, activity=Idle())
             wanted = _target(worker)
@@ -457,6 +461,14 @@ def _target(worker: Worker) -> Target | None:
     ordered = None
     if desired is not None and desired.order > worker.order_floor:
         ordered = Target(desired.published, desired.order)
+    if (
+        not worker.is_degraded
+        and not worker.has_heard
+        and ordered
+        and ordered.published.version == worker.failed_version
+    ):
+        # It failed before the restart: under a dead coordinator it would fail again before degraded mode could come.
+        return None
     if not worker.is_degraded or published is None:
         return ordered
     if desired is not None and published.version in desired.quarantined:

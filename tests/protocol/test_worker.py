@@ -352,6 +352,21 @@ def test_a_restarted_worker_goes_on_reporting_the_version_it_failed_on_until_it_
     assert drive.worker.failed_version is None
 
 
+def test_a_restarted_worker_takes_the_order_it_failed_on_only_from_a_living_coordinator() -> None:
+    drive = Driver()
+    drive.worker = new_worker(SETTINGS, 0.0, failed_version=1)
+    assert drive(order(1, 5), beat(7)) == ()  # what the keys held: it may be all that is left of a dead coordinator
+    assert drive(beat(8)) == (Fetch(V[1]),)
+
+
+def test_a_restarted_worker_leaves_the_order_it_failed_on_for_published_without_a_coordinator() -> None:
+    drive = Driver()
+    drive.worker = new_worker(SETTINGS, 0.0, failed_version=1)
+    drive(order(1, 5), beat(7), PublishedSeen(V[2]))
+    assert drive.wait(29.9) == ()
+    assert drive.wait(0.1) == (Fetch(V[2]), Report())
+
+
 # ----------------------------------------------------------------------------------------------------------- drain
 
 
