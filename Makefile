@@ -27,16 +27,16 @@ test: setup lint type  ## lint, types, import contracts and all tests with real 
 	@$(BIN)/python -m pytest
 
 lint: setup  ## ruff and import contracts (seconds)
-	@$(BIN)/ruff check $(PACKAGES) tests bench tools
-	@$(BIN)/ruff format --check $(PACKAGES) tests bench tools
+	@$(BIN)/ruff check $(PACKAGES) tests
+	@$(BIN)/ruff format --check $(PACKAGES) tests
 	@$(BIN)/lint-imports --no-cache
 
 type: setup  ## strict type check (a minute when cold)
 	@$(BIN)/mypy
 
 fmt: setup  ## format the code
-	@$(BIN)/ruff check --fix $(PACKAGES) tests bench tools
-	@$(BIN)/ruff format $(PACKAGES) tests bench tools
+	@$(BIN)/ruff check --fix $(PACKAGES) tests
+	@$(BIN)/ruff format $(PACKAGES) tests
 
 bench: setup  ## measure (docs/benchmarks.md); ratios within one run
 	@$(BIN)/python -m bench

@@ -1,10 +1,11 @@
-"""Bases of every model: frozen, unknown fields refused, camelCase on the wire."""
+"""Bases of every model: frozen, unknown fields refused, camelCase on the wire; and JSON frozen all the way down."""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Never, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, PlainSerializer, ValidationError
 from pydantic.alias_generators import to_camel
 
 from rljob_api.errors import MalformedMessage
@@ -45,3 +46,54 @@ class WireMessage(FrozenModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "(message)"
             raise MalformedMessage(f"{cls.__name__}: {where}: {first['msg']} ({len(data)} bytes)") from error
+
+
+class FrozenObject(dict[str, Any]):
+    """A JSON object that cannot be changed: a frozen pydantic model does not freeze the dicts it holds.
+
+    A dict, and not only a Mapping, so that json, yaml and `**parameters` take it as it is. `copy` and `|` give plain,
+    mutable dicts.
+    """
+
+    __slots__ = ()
+
+    def _refuse(self, *_args: object, **_kwargs: object) -> Never:
+        raise TypeError("this JSON object belongs to a frozen model: build a new one with dict(...)")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[FrozenObject], tuple[dict[str, Any]]]:
+        # The default protocol rebuilds a dict item by item, which is refused; deepcopy would fail.
+        return (FrozenObject, (dict(self),))
+
+
+def freeze(value: Any) -> Any:
+    """The same JSON value with every object a FrozenObject and every array a tuple."""
+    if isinstance(value, Mapping):
+        return FrozenObject({key: freeze(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The same JSON value as fresh plain dicts and lists, for a builder to change."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [thaw(item) for item in value]
+    return value
+
+
+_FROZEN = AfterValidator(freeze)
+_THAWED = PlainSerializer(thaw)  # pydantic's own serializer of JsonValue does not expect tuples
+
+FrozenJson = Annotated[JsonValue, _FROZEN, _THAWED]
+"""Any JSON value, frozen all the way down."""
+FrozenJsonObject = Annotated[Mapping[str, JsonValue], _FROZEN, _THAWED]
+"""A JSON object, frozen all the way down."""
+FrozenTexts = Annotated[Mapping[str, str], _FROZEN, _THAWED]
+"""A frozen map of texts."""
+FrozenNumbers = Annotated[Mapping[str, float], _FROZEN, _THAWED]
+"""A frozen map of numbers."""

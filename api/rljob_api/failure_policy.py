@@ -23,7 +23,9 @@ class PodCondition(FrozenModel):
 
 class FailureRule(FrozenModel):
     name: str = Field(min_length=1, max_length=63, description="Name of the rule, shown in events.")
-    pools: tuple[str, ...] = Field(default=(), description="Pools the rule looks at (`trainer` or a rollout pool); empty is all.")
+    pools: tuple[str, ...] = Field(
+        default=(), description="Pools the rule looks at (`trainer` or a rollout pool); empty is all."
+    )
     on_reasons: tuple[str, ...] = Field(default=(), description="Failure reasons that match.")
     on_pod_conditions: tuple[PodCondition, ...] = Field(default=(), description="Pod conditions that match.")
     action: FailureAction = Field(description="FailJob, RestartJob, RestartPool or Ignore.")
@@ -32,4 +34,6 @@ class FailureRule(FrozenModel):
 
 class FailurePolicy(FrozenModel):
     max_restarts: int = Field(default=3, ge=0, le=10000, description="Counted restarts before the job fails.")
-    rules: tuple[FailureRule, ...] = Field(default=(), max_length=32, description="Ordered rules; the first match wins.")
+    rules: tuple[FailureRule, ...] = Field(
+        default=(), max_length=32, description="Ordered rules; the first match wins."
+    )

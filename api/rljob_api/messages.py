@@ -35,6 +35,13 @@ class PublishedVersion(WireMessage):
     """True for the last version of the job: nothing more will be trained."""
 
 
+class RetainedVersions(WireMessage):
+    """Control key `retained`: versions whose blobs are kept, oldest first. A replay after a resume scores with them."""
+
+    epoch: int = Field(ge=1)
+    versions: tuple[PublishedVersion, ...]
+
+
 class TermClaim(WireMessage):
     """Control key `term`: the coordinator's incarnation, claimed by compare-and-set."""
 
@@ -253,6 +260,8 @@ class StepReport(WireMessage):
     tokens_trained: int
     """Cumulative, as the counters below: model tokens that entered a step's batch and were not dropped."""
     tokens_dropped: dict[str, int] = Field(default_factory=dict)
+    tokens_received: dict[str, int] = Field(default_factory=dict)
+    """Model tokens in the trajectories read so far, by worker incarnation."""
     tokens_pending: int = 0
     """Received by the trainer, neither trained nor dropped yet."""
     last_sequence: int = 0

@@ -6,9 +6,10 @@ All NATS names carry the RLJob's UID, so a re-created job never meets the state 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-API_VERSION = "rljob.dev/v1alpha1"
-KIND = "RLJob"
+API_VERSION: Literal["rljob.dev/v1alpha1"] = "rljob.dev/v1alpha1"
+KIND: Literal["RLJob"] = "RLJob"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class JobNames:
 # Keys of the control bucket.
 KEY_EPOCH = "epoch"  # EpochClaim, written by trainer rank 0
 KEY_PUBLISHED = "published"  # PublishedVersion, written by trainer rank 0
+KEY_RETAINED = "retained"  # RetainedVersions, written by trainer rank 0
 KEY_CHECKPOINT = "checkpoint"  # CheckpointPointer, written by trainer rank 0
 KEY_TERM = "term"  # TermClaim, written by the coordinator
 KEY_DESIRED = "desired"  # DesiredVersion, written by the coordinator

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
-from rljob_api.base import FrozenModel
+from rljob_api.base import FrozenJsonObject, FrozenModel
 
 
 class PodTemplate(FrozenModel):
     """A Kubernetes pod template. Unknown fields are kept as they are; the operator applies them strictly."""
 
-    metadata: dict[str, JsonValue] | None = Field(default=None, description="Labels and annotations of the pods.")
-    spec: dict[str, JsonValue] | None = Field(default=None, description="Pod spec; the container `trainer` or `rollout` is the runtime's.")
+    metadata: FrozenJsonObject | None = Field(default=None, description="Labels and annotations of the pods.")
+    spec: FrozenJsonObject | None = Field(
+        default=None, description="Pod spec; the container `trainer` or `rollout` is the runtime's."
+    )
 
 
 class TrainerPool(FrozenModel):
     replicas: int = Field(default=1, ge=1, le=4096, description="Trainer pods.")
-    processes_per_replica: int = Field(default=1, ge=1, le=64, description="torchrun processes a pod; on GPUs one a device.")
-    stall_seconds: int = Field(default=600, ge=1, description="Without a step heartbeat for that long the gang restarts (TrainerStalled).")
+    processes_per_replica: int = Field(
+        default=1, ge=1, le=64, description="torchrun processes a pod; on GPUs one a device."
+    )
+    stall_seconds: int = Field(
+        default=600, ge=1, description="Without a step heartbeat for that long the gang restarts (TrainerStalled)."
+    )
     template: PodTemplate | None = Field(default=None, description="Pod template.")
 
 
 class VllmEngine(FrozenModel):
     """vLLM's AsyncLLM in the rollout process."""
 
-    compute_type: Literal["Float32", "BFloat16"] | None = Field(default=None, description="Unset is training.computeType.")
+    compute_type: Literal["Float32", "BFloat16"] | None = Field(
+        default=None, description="Unset is training.computeType."
+    )
     tensor_parallel_size: int = Field(default=1, ge=1, le=64, description="GPUs that one engine spans.")
-    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20, description="Fixed size of the KV cache; unset lets vLLM take its share of the device.")
+    kv_cache_bytes: int | None = Field(
+        default=None,
+        ge=1 << 20,
+        description="Fixed size of the KV cache; unset lets vLLM take its share of the device.",
+    )
     enforce_eager: bool = Field(default=False, description="No graph capture; always on without a GPU.")
 
 
@@ -49,8 +61,15 @@ class Engine(FrozenModel):
 
 class RolloutPool(FrozenModel):
     name: str = Field(description="Name of the pool: RFC 1035 label, at most 16 characters.")
-    replicas: int | None = Field(default=None, ge=0, le=10000, description="Rollout workers; unset leaves the number to a HorizontalPodAutoscaler (one with `rljob run`).")
+    replicas: int | None = Field(
+        default=None,
+        ge=0,
+        le=10000,
+        description="Rollout workers; unset leaves the number to a HorizontalPodAutoscaler (one with `rljob run`).",
+    )
     min_replicas: int = Field(default=1, ge=0, description="Workers that must run for the job to count as started.")
-    max_concurrent_trajectories: int = Field(default=64, ge=1, le=4096, description="Episodes that one worker runs at once.")
+    max_concurrent_trajectories: int = Field(
+        default=64, ge=1, le=4096, description="Episodes that one worker runs at once."
+    )
     engine: Engine = Field(default_factory=Engine, description="Inference engine.")
     template: PodTemplate | None = Field(default=None, description="Pod template.")

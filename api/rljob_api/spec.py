@@ -9,9 +9,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
-from rljob_api.base import FrozenModel
+from rljob_api.base import FrozenJson, FrozenJsonObject, FrozenModel, FrozenNumbers, FrozenObject, FrozenTexts
 from rljob_api.failure_policy import FailurePolicy
 from rljob_api.names import API_VERSION, KIND
 from rljob_api.pools import RolloutPool, TrainerPool
@@ -102,7 +102,9 @@ class RandomModel(FrozenModel):
     head_dim: Literal[32, 64, 96, 128, 256] = Field(
         default=32, description="Width of one head; the sizes that the CPU and GPU attention kernels share."
     )
-    max_positions: int = Field(default=512, ge=16, le=1 << 20, description="Longest sequence the model takes, in tokens.")
+    max_positions: int = Field(
+        default=512, ge=16, le=1 << 20, description="Longest sequence the model takes, in tokens."
+    )
     tied_embeddings: bool = Field(default=False, description="Share the input embedding with the output layer.")
     initializer_range: float = Field(default=0.02, gt=0, le=1, description="Standard deviation of the initial weights.")
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights.")
@@ -113,7 +115,9 @@ class Model(FrozenModel):
 
     hugging_face: HuggingFaceModel | None = Field(default=None, description="Fetch from the Hugging Face hub.")
     persistent_volume_claim: ClaimModel | None = Field(default=None, description="Read from a PersistentVolumeClaim.")
-    path: str | None = Field(default=None, min_length=1, description="A model directory inside the trainer's container or machine.")
+    path: str | None = Field(
+        default=None, min_length=1, description="A model directory inside the trainer's container or machine."
+    )
     random: RandomModel | None = Field(default=None, description="Make a small random model.")
 
 
@@ -123,15 +127,23 @@ class Model(FrozenModel):
 class Environment(FrozenModel):
     """What poses tasks and scores answers."""
 
-    name: str = Field(min_length=1, max_length=63, description="`reasoning-gym`, or a built-in environment such as `digit-copy`.")
-    parameters: dict[str, JsonValue] = Field(
-        default_factory=dict, description="Parameters of the environment, passed through as they are."
+    name: str = Field(
+        min_length=1, max_length=63, description="`reasoning-gym`, or a built-in environment such as `digit-copy`."
+    )
+    parameters: FrozenJsonObject = Field(
+        default_factory=FrozenObject, description="Parameters of the environment, passed through as they are."
     )
     timeout_seconds: float = Field(
-        default=60.0, gt=0, le=86400, description="Longest time that one reset, step or reward may take. A timeout is retried, never scored."
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="Longest time that one reset, step or reward may take. A timeout is retried, never scored.",
     )
     max_attempts: int = Field(
-        default=3, ge=1, le=100, description="How often a sample is tried when its environment fails, before it is dropped with a reason."
+        default=3,
+        ge=1,
+        le=100,
+        description="How often a sample is tried when its environment fails, before it is dropped with a reason.",
     )
 
 
@@ -145,9 +157,16 @@ class Sampling(FrozenModel):
     temperature: float = Field(default=1.0, gt=0, le=100, description="Softmax temperature; the loss uses the same.")
     max_tokens: int = Field(default=256, ge=1, le=1 << 20, description="Longest model turn, in tokens.")
     max_trajectory_tokens: int = Field(
-        default=4096, ge=2, le=1 << 20, description="Longest trajectory with prompt and observations, in tokens; an episode that reaches it ends as truncated."
+        default=4096,
+        ge=2,
+        le=1 << 20,
+        description=(
+            "Longest trajectory with prompt and observations, in tokens; an episode that reaches it ends as truncated."
+        ),
     )
-    samples_per_task: int = Field(default=8, ge=1, le=1024, description="Samples of one task: the group that advantages are computed over.")
+    samples_per_task: int = Field(
+        default=8, ge=1, le=1024, description="Samples of one task: the group that advantages are computed over."
+    )
     top_p: float = Field(default=1.0, description="Must be 1.")
     top_k: int = Field(default=0, description="Must be 0 (off).")
     min_p: float = Field(default=0.0, description="Must be 0.")
@@ -155,22 +174,26 @@ class Sampling(FrozenModel):
     presence_penalty: float = Field(default=0.0, description="Must be 0.")
     frequency_penalty: float = Field(default=0.0, description="Must be 0.")
     min_tokens: int = Field(default=0, description="Must be 0.")
-    logit_bias: dict[str, float] = Field(default_factory=dict, description="Must be empty.")
+    logit_bias: FrozenNumbers = Field(default_factory=FrozenObject, description="Must be empty.")
     bad_words: tuple[str, ...] = Field(default=(), description="Must be empty.")
-    guided_decoding: JsonValue = Field(default=None, description="Must be unset.")
+    guided_decoding: FrozenJson = Field(default=None, description="Must be unset.")
 
 
 # ------------------------------------------------------------------------------------------------ training, correction
 
 
 class Advantage(FrozenModel):
-    estimator: AdvantageEstimator = Field(default=AdvantageEstimator.GRPO, description="Baseline that rewards are compared with.")
+    estimator: AdvantageEstimator = Field(
+        default=AdvantageEstimator.GRPO, description="Baseline that rewards are compared with."
+    )
     normalize: bool = Field(default=True, description="Divide by the group's standard deviation (+ 1e-4).")
     credit: Credit = Field(default=Credit.TRAJECTORY, description="One advantage a trajectory, or one a turn.")
 
 
 class Training(FrozenModel):
-    steps: int = Field(ge=1, le=10_000_000, description="Steps to train. One step is one batch and one published weight version.")
+    steps: int = Field(
+        ge=1, le=10_000_000, description="Steps to train. One step is one batch and one published weight version."
+    )
     tasks_per_step: int = Field(ge=1, le=65536, description="Groups a step (B).")
     learning_rate: float = Field(gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(default=10, ge=0, description="Steps over which the learning rate rises linearly from 0.")
@@ -179,23 +202,41 @@ class Training(FrozenModel):
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second moment decay.")
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest global gradient norm.")
     entropy_coefficient: float = Field(default=0.0, ge=0, le=1, description="Weight of the entropy bonus.")
-    mini_batches: int = Field(default=1, ge=1, le=1024, description="Optimizer updates a pass over the batch; groups are never split.")
+    mini_batches: int = Field(
+        default=1, ge=1, le=1024, description="Optimizer updates a pass over the batch; groups are never split."
+    )
     epochs: int = Field(default=1, ge=1, le=64, description="Passes over the batch.")
     compute_type: ComputeType = Field(default=ComputeType.BFLOAT16, description="Float32 or BFloat16.")
-    tokens_per_micro_batch: int = Field(default=16384, ge=16, description="Padded tokens that one forward holds, a process.")
+    tokens_per_micro_batch: int = Field(
+        default=16384, ge=16, description="Padded tokens that one forward holds, a process."
+    )
     advantage: Advantage = Field(default_factory=Advantage, description="How rewards become advantages.")
-    min_group_size: int | None = Field(default=None, ge=1, description="Fewest finished samples of a group that trains; unset is samplesPerTask.")
+    min_group_size: int | None = Field(
+        default=None, ge=1, description="Fewest finished samples of a group that trains; unset is samplesPerTask."
+    )
     straggler_timeout_seconds: float = Field(
-        default=600.0, gt=0, description="How long a group waits for its missing samples after the first finished, before it trains or drops as one."
+        default=600.0,
+        gt=0,
+        description=(
+            "How long a group waits for its missing samples after the first finished, before it trains or drops as one."
+        ),
     )
     seed: int = Field(default=0, ge=0, description="Seed of the task order and of everything random in the trainer.")
 
 
 class Staleness(FrozenModel):
-    max_versions: int = Field(default=4, ge=0, le=1024, description="Bound η on the staleness of a trained token, in weight versions. 0 is synchronous.")
+    max_versions: int = Field(
+        default=4,
+        ge=0,
+        le=1024,
+        description="Bound η on the staleness of a trained token, in weight versions. 0 is synchronous.",
+    )
     on_exceeded: OnExceeded = Field(
         default=OnExceeded.MASK_TOKENS,
-        description="MaskTokens leaves tokens over the bound out of the loss; DropGroup drops their group; Wait paces strictly and is slower with heavy tails.",
+        description=(
+            "MaskTokens leaves tokens over the bound out of the loss; DropGroup drops their group; Wait paces "
+            "strictly and is slower with heavy tails."
+        ),
     )
 
 
@@ -207,10 +248,18 @@ class Clip(FrozenModel):
 class Discrepancy(FrozenModel):
     """Mask, and optionally weight, on the discrepancy ratio (old policy over behavior policy)."""
 
-    granularity: Granularity = Field(default=Granularity.TOKEN, description="Ratio of a token, or the geometric mean over a segment or a sequence.")
-    low: float | None = Field(default=None, gt=0, le=1, description="Lower bound of the kept ratio; unset is 0.5 for Token, 0.999 otherwise.")
-    high: float | None = Field(default=None, ge=1, description="Upper bound of the kept ratio; unset is 2.0 for Token, 1.001 otherwise.")
-    weight: DiscrepancyWeight = Field(default=DiscrepancyWeight.NONE, description="None, Truncated (at weightCap) or Raw.")
+    granularity: Granularity = Field(
+        default=Granularity.TOKEN, description="Ratio of a token, or the geometric mean over a segment or a sequence."
+    )
+    low: float | None = Field(
+        default=None, gt=0, le=1, description="Lower bound of the kept ratio; unset is 0.5 for Token, 0.999 otherwise."
+    )
+    high: float | None = Field(
+        default=None, ge=1, description="Upper bound of the kept ratio; unset is 2.0 for Token, 1.001 otherwise."
+    )
+    weight: DiscrepancyWeight = Field(
+        default=DiscrepancyWeight.NONE, description="None, Truncated (at weightCap) or Raw."
+    )
     weight_cap: float = Field(default=2.0, gt=0, description="Cap of the truncated weight.")
 
     def bounds(self) -> tuple[float, float]:
@@ -222,18 +271,31 @@ class Discrepancy(FrozenModel):
 class Correction(FrozenModel):
     old_logprobs: OldLogprobs = Field(
         default=OldLogprobs.SNAPSHOT,
-        description="Snapshot is exact. Resident needs staleness.maxVersions 0. Current and Engine are baselines for comparison.",
+        description=(
+            "Snapshot is exact. Resident needs staleness.maxVersions 0. Current and Engine are baselines for "
+            "comparison."
+        ),
     )
-    fallback: Fallback = Field(default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had.")
+    fallback: Fallback = Field(
+        default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had."
+    )
     clip: Clip = Field(default_factory=Clip, description="PPO clip on the staleness ratio.")
     discrepancy: Discrepancy = Field(default_factory=Discrepancy, description="Mask on the discrepancy ratio.")
 
 
 class WeightSync(FrozenModel):
-    mode: SyncMode = Field(default=SyncMode.INTERRUPT, description="Interrupt: stop generation, keep the partial rollouts, change version, go on.")
-    timeout_seconds: float = Field(default=120.0, gt=0, le=86400, description="A worker that has not converged by then is reported and restarted.")
+    mode: SyncMode = Field(
+        default=SyncMode.INTERRUPT,
+        description="Interrupt: stop generation, keep the partial rollouts, change version, go on.",
+    )
+    timeout_seconds: float = Field(
+        default=120.0, gt=0, le=86400, description="A worker that has not converged by then is reported and restarted."
+    )
     coordinator_timeout_seconds: float = Field(
-        default=30.0, gt=0, le=86400, description="Without a coordinator heartbeat for that long, workers follow the published version themselves."
+        default=30.0,
+        gt=0,
+        le=86400,
+        description="Without a coordinator heartbeat for that long, workers follow the published version themselves.",
     )
 
 
@@ -241,11 +303,15 @@ class WeightSync(FrozenModel):
 
 
 class ClaimStorage(FrozenModel):
-    claim_name: str = Field(min_length=1, description="PersistentVolumeClaim. `rljob run` uses a folder of the run instead.")
+    claim_name: str = Field(
+        min_length=1, description="PersistentVolumeClaim. `rljob run` uses a folder of the run instead."
+    )
 
 
 class CheckpointStorage(FrozenModel):
-    persistent_volume_claim: ClaimStorage | None = Field(default=None, description="Volume that checkpoints are kept on.")
+    persistent_volume_claim: ClaimStorage | None = Field(
+        default=None, description="Volume that checkpoints are kept on."
+    )
     every_steps: int = Field(default=20, ge=1, description="Steps between checkpoints.")
     keep: int = Field(default=2, ge=1, le=1000, description="Checkpoints kept.")
 
@@ -258,12 +324,18 @@ class WeightStorage(FrozenModel):
     """Where weight blobs live: at most one; neither set is the NATS object store."""
 
     nats: NatsWeights | None = Field(default=None, description="The NATS object store (default).")
-    persistent_volume_claim: ClaimStorage | None = Field(default=None, description="A volume that trainer and rollout pods share.")
+    persistent_volume_claim: ClaimStorage | None = Field(
+        default=None, description="A volume that trainer and rollout pods share."
+    )
 
 
 class Storage(FrozenModel):
-    checkpoint: CheckpointStorage = Field(default_factory=CheckpointStorage, description="Checkpoints of model, optimizer and cursor.")
-    weights: WeightStorage = Field(default_factory=WeightStorage, description="Weight versions on their way to the rollout pools.")
+    checkpoint: CheckpointStorage = Field(
+        default_factory=CheckpointStorage, description="Checkpoints of model, optimizer and cursor."
+    )
+    weights: WeightStorage = Field(
+        default_factory=WeightStorage, description="Weight versions on their way to the rollout pools."
+    )
 
 
 class SecretReference(FrozenModel):
@@ -271,13 +343,21 @@ class SecretReference(FrozenModel):
 
 
 class Messaging(FrozenModel):
-    url: str | None = Field(default=None, min_length=1, description="NATS server; unset is the operator's own, or an embedded one with `rljob run`.")
-    credentials_secret_ref: SecretReference | None = Field(default=None, description="Secret with a NATS credentials file under the key `user.creds`.")
+    url: str | None = Field(
+        default=None,
+        min_length=1,
+        description="NATS server; unset is the operator's own, or an embedded one with `rljob run`.",
+    )
+    credentials_secret_ref: SecretReference | None = Field(
+        default=None, description="Secret with a NATS credentials file under the key `user.creds`."
+    )
     max_payload_bytes: int = Field(
         default=8 << 20, ge=1 << 20, le=64 << 20, description="Largest message; the largest trajectory must fit."
     )
     trajectory_stream_bytes: int = Field(
-        default=1 << 30, ge=16 << 20, description="Bound of the trajectory stream. At 70 % of it the trainer checkpoints and cuts it off."
+        default=1 << 30,
+        ge=16 << 20,
+        description="Bound of the trajectory stream. At 70 % of it the trainer checkpoints and cuts it off.",
     )
 
 
@@ -286,12 +366,22 @@ class Messaging(FrozenModel):
 
 class RLJobSpec(FrozenModel):
     suspend: bool = Field(default=False, description="Checkpoint, stop all pods and keep the job; set back to go on.")
-    active_deadline_seconds: int | None = Field(default=None, ge=1, description="Longest running time; the clock restarts on resume.")
-    start_deadline_seconds: int = Field(
-        default=900, ge=1, description="Trainer and minReplicas of every pool must run by then, else the job fails with StartDeadlineExceeded."
+    active_deadline_seconds: int | None = Field(
+        default=None, ge=1, description="Longest running time; the clock restarts on resume."
     )
-    ttl_seconds_after_finished: int | None = Field(default=None, ge=0, description="Delete the finished job after that long.")
-    model: Model = Field(description="The initial model: exactly one of huggingFace, persistentVolumeClaim, path, random.")
+    start_deadline_seconds: int = Field(
+        default=900,
+        ge=1,
+        description=(
+            "Trainer and minReplicas of every pool must run by then, else the job fails with StartDeadlineExceeded."
+        ),
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        default=None, ge=0, description="Delete the finished job after that long."
+    )
+    model: Model = Field(
+        description="The initial model: exactly one of huggingFace, persistentVolumeClaim, path, random."
+    )
     environment: Environment = Field(description="What poses tasks and scores answers.")
     sampling: Sampling = Field(default_factory=Sampling, description="How rollouts sample.")
     training: Training = Field(description="Steps, batch, optimizer, advantages.")
@@ -304,7 +394,9 @@ class RLJobSpec(FrozenModel):
     rollout_pools: Annotated[tuple[RolloutPool, ...], Field(min_length=1, max_length=16)] = Field(
         description="Pools of rollout workers, by name."
     )
-    failure_policy: FailurePolicy = Field(default_factory=FailurePolicy, description="What failures do to the job; the first rule that matches wins.")
+    failure_policy: FailurePolicy = Field(
+        default_factory=FailurePolicy, description="What failures do to the job; the first rule that matches wins."
+    )
 
 
 class ObjectMeta(FrozenModel):
@@ -312,14 +404,14 @@ class ObjectMeta(FrozenModel):
 
     name: str = Field(description="Name of the job: RFC 1035 label, at most 40 characters.")
     namespace: str | None = Field(default=None, description="Namespace.")
-    labels: dict[str, str] = Field(default_factory=dict, description="Labels.")
-    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
+    labels: FrozenTexts = Field(default_factory=FrozenObject, description="Labels.")
+    annotations: FrozenTexts = Field(default_factory=FrozenObject, description="Annotations.")
 
 
 class RLJob(FrozenModel):
     """One asynchronous reinforcement-learning job."""
 
-    api_version: Literal["rljob.dev/v1alpha1"] = Field(default=API_VERSION)
-    kind: Literal["RLJob"] = Field(default=KIND)
-    metadata: ObjectMeta
-    spec: RLJobSpec
+    api_version: Literal["rljob.dev/v1alpha1"] = Field(default=API_VERSION, description="Version of this schema.")
+    kind: Literal["RLJob"] = Field(default=KIND, description="Kind of the object.")
+    metadata: ObjectMeta = Field(description="Name, namespace, labels and annotations.")
+    spec: RLJobSpec = Field(description="What the user wants; never written by the operator.")

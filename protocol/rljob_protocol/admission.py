@@ -1,9 +1,9 @@
 """Staleness and admission rules, pure (docs/design.md, sections 4a and 4b).
 
-B = groups a step, eta = the staleness bound. An admitted group takes the lowest free *ordinal* n, a pacing slot: it may be
-admitted while n < (steps trained + eta + 1) * B, and a drop frees the slot again, else pacing would starve. Training a
-group uses its slot up. Its *task* is a running number that is never reused. Arithmetic counts steps; versions are turned
-into steps through anchors, because a resume re-publishes a step's weights under a new number.
+B = groups a step, eta = the staleness bound. An admitted group takes the lowest free *ordinal* n, a pacing slot: it may
+be admitted while n < (steps trained + eta + 1) * B, and a drop frees the slot again, else pacing would starve. Training
+a group uses its slot up. Its *task* is a running number that is never reused. Arithmetic counts steps; versions are
+turned into steps through anchors, because a resume re-publishes a step's weights under a new number.
 
 A group's deadline is the last step that may train it: its oldest token's step + eta once it is finished, floor(n / B)
 while it runs. The oldest deadline is trained first.
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -136,24 +137,35 @@ def version_of_step(ledger: Ledger, step: int) -> int:
 
 
 def step_of_version(ledger: Ledger, version: int) -> int:
-    """Step that starts from a version; of a version that a resume rolled back, the step it was made for."""
-    first_version, first_step = next(
-        (anchor for anchor in reversed(ledger.anchors) if anchor[0] <= version), ledger.anchors[0]
-    )
+    """Step that starts from a version; of a version that a resume rolled back, the step resumed from. Never falls.
+
+    Which step a rolled-back version was made for is not known for sure: attempts that saved nothing left no anchor.
+    """
+    first_version, first_step = ledger.anchors[0]
+    for next_version, next_step in ledger.anchors[1:]:
+        if version < next_version:
+            return min(first_step + version - first_version, next_step)
+        first_version, first_step = next_version, next_step
     return first_step + version - first_version
 
 
 def staleness_of(ledger: Ledger, version: int) -> int:
-    """Steps between a token's version and the coming step; never negative.
+    """Steps between a token's version and the coming step; 0 for the present version only.
 
-    A version that a resume rolled back can have been made for a later step than the present one: it counts as fresh.
+    A version that a resume rolled back may be numbered for the present step, and its weights are others all the same: it
+    counts as one step old.
     """
-    return max(0, ledger.steps_trained - step_of_version(ledger, version))
+    if version == ledger.version:
+        return 0
+    return max(1, ledger.steps_trained - step_of_version(ledger, version))
 
 
 def on_resume(ledger: Ledger, version: int) -> Ledger:
     """The checkpointed ledger under a new version number for the same step; its samples are to be read again."""
-    groups = {task: replace(group, samples=MappingProxyType({}), first_finished_at=None) for task, group in ledger.groups.items()}
+    groups = {
+        task: replace(group, samples=MappingProxyType({}), first_finished_at=None)
+        for task, group in ledger.groups.items()
+    }
     return replace(
         ledger,
         version=version,
@@ -169,7 +181,9 @@ def on_resume(ledger: Ledger, version: int) -> Ledger:
 def admit(ledger: Ledger, settings: AdmissionSettings) -> tuple[Ledger, tuple[Admitted, ...]]:
     """Admit as many groups as pacing allows, and no more than the remaining steps need."""
     limit = (ledger.steps_trained + settings.max_versions + 1) * settings.tasks_per_step
-    wanted = (settings.steps - ledger.steps_trained) * settings.tasks_per_step - len(ledger.groups)
+    # Slots are used up when a batch is taken: while its step is being trained it must not be admitted for again.
+    used = ledger.first_free_ordinal + len(ledger.used_ordinals)
+    wanted = settings.steps * settings.tasks_per_step - used - len(ledger.groups)
     groups = dict(ledger.groups)
     taken = {group.ordinal for group in groups.values()} | ledger.used_ordinals
     admitted: list[Admitted] = []
@@ -194,16 +208,15 @@ def min_version_of(ledger: Ledger, settings: AdmissionSettings, task: int) -> in
 
 
 def _min_version(ledger: Ledger, settings: AdmissionSettings, ordinal: int) -> int:
-    step = ordinal // settings.tasks_per_step - settings.max_versions
+    # A freed slot may belong to a step that is over: the present step is the first that can train its next group.
+    step = max(ordinal // settings.tasks_per_step, ledger.steps_trained) - settings.max_versions
     return min(version_of_step(ledger, step), ledger.version)
 
 
 # ---------------------------------------------------------------------------------------------------------- samples
 
 
-def on_sample(
-    ledger: Ledger, settings: AdmissionSettings, seen: SampleSeen, now: float
-) -> tuple[Ledger, Verdict]:
+def on_sample(ledger: Ledger, settings: AdmissionSettings, seen: SampleSeen, now: float) -> tuple[Ledger, Verdict]:
     """Take in a trajectory message; the first one of a (task, sample) counts."""
     ledger = replace(ledger, last_sequence=max(ledger.last_sequence, seen.sequence))
     group = ledger.groups.get(seen.task)
@@ -243,8 +256,10 @@ def _drop_reason(ledger: Ledger, settings: AdmissionSettings, group: Group, now:
     versions = [sample.oldest_version for sample in scored if sample.oldest_version is not None]
     if not versions:
         return DropReason.NO_MODEL_TOKENS
-    # Under MaskTokens the trainer leaves single tokens out; under Wait no token gets that old.
-    if settings.on_exceeded is OnExceeded.DROP_GROUP and staleness_of(ledger, min(versions)) > settings.max_versions:
+    if settings.on_exceeded is OnExceeded.MASK_TOKENS:
+        return None  # the trainer leaves single tokens out
+    # Under Wait no token gets that old, unless the settings changed meanwhile or a resume shuffled the slots.
+    if staleness_of(ledger, min(versions)) > settings.max_versions:
         return DropReason.STALE
     return None
 
@@ -261,13 +276,13 @@ def _is_finished(settings: AdmissionSettings, group: Group, now: float) -> bool:
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-def take_batch(
-    ledger: Ledger, settings: AdmissionSettings, now: float
-) -> tuple[Ledger, tuple[BatchGroup, ...] | None]:
+def take_batch(ledger: Ledger, settings: AdmissionSettings, now: float) -> tuple[Ledger, tuple[BatchGroup, ...] | None]:
     """Take the next step's groups out of the ledger, oldest deadline first; None while they are not there.
 
     Under `Wait` the step starts only if no group can be left over the bound: for every k in 0..eta, the groups that the
-    batch does not take and whose deadline is at most s + k fit into the k steps that follow.
+    batch does not take and whose deadline is at most s + k fit into the k steps that follow. Where too many of them are
+    finished already (the settings changed, or a resume shuffled the slots) waiting can't help: the step starts, and
+    what gets over the bound is dropped.
     """
     if ledger.steps_trained >= settings.steps:
         return ledger, None
@@ -279,10 +294,13 @@ def take_batch(
     if len(ready) < settings.tasks_per_step:
         return ledger, None
     taken = {task for _, task in ready[: settings.tasks_per_step]}
-    if settings.on_exceeded is OnExceeded.WAIT and not _rest_fits(ledger, settings, taken, now):
+    left = {task for _, task in ready[settings.tasks_per_step :]}
+    if settings.on_exceeded is OnExceeded.WAIT and not _rest_fits(ledger, settings, taken, left, now):
         return ledger, None
     batch = tuple(
-        BatchGroup(task, tuple(sorted(number for number, sample in ledger.groups[task].samples.items() if sample.scored)))
+        BatchGroup(
+            task, tuple(sorted(number for number, sample in ledger.groups[task].samples.items() if sample.scored))
+        )
         for _, task in ready[: settings.tasks_per_step]
     )
     used = set(ledger.used_ordinals) | {ledger.groups[task].ordinal for task in taken}
@@ -298,35 +316,43 @@ def take_batch(
 
 
 def _deadline(ledger: Ledger, settings: AdmissionSettings, group: Group, now: float) -> int:
-    """Last step that may train the group with all its tokens."""
+    """Last step that may train the group with all its tokens.
+
+    A group counts as running while a straggler with older tokens may still come, and while it waits to be dropped: the
+    next group in its slot will have the slot's deadline.
+    """
     versions = [s.oldest_version for s in group.samples.values() if s.scored and s.oldest_version is not None]
     running = group.ordinal // settings.tasks_per_step
     finished = min((step_of_version(ledger, v) for v in versions), default=None)
     if finished is None:
         return running
-    if _is_finished(settings, group, now):
+    is_complete = len(group.samples) >= settings.samples_per_task
+    if is_complete and _drop_reason(ledger, settings, group, now) is None:
         return finished + settings.max_versions
     return min(running, finished + settings.max_versions)
 
 
-def _rest_fits(ledger: Ledger, settings: AdmissionSettings, taken: set[int], now: float) -> bool:
-    deadlines = [
-        _deadline(ledger, settings, group, now) for task, group in ledger.groups.items() if task not in taken
+def _rest_fits(ledger: Ledger, settings: AdmissionSettings, taken: set[int], left_ready: set[int], now: float) -> bool:
+    rest = [
+        (_deadline(ledger, settings, group, now), task in left_ready)
+        for task, group in ledger.groups.items()
+        if task not in taken
     ]
-    return all(
-        sum(deadline <= ledger.steps_trained + k for deadline in deadlines) <= k * settings.tasks_per_step
-        for k in range(settings.max_versions + 1)
-    )
+    for k in range(settings.max_versions + 1):
+        due = [is_ready for deadline, is_ready in rest if deadline <= ledger.steps_trained + k]
+        if len(due) > k * settings.tasks_per_step and not all(due):
+            return False
+    return True
 
 
 def on_step_trained(ledger: Ledger, settings: AdmissionSettings, version: int) -> Ledger:
     """One more step is trained and published as `version`."""
-    oldest = version - settings.max_versions - 1
-    later = [anchor for anchor in ledger.anchors if anchor[0] > oldest]
-    before = [anchor for anchor in ledger.anchors if anchor[0] <= oldest][-1:]
-    return replace(
-        ledger, steps_trained=ledger.steps_trained + 1, version=version, anchors=(*before, *later) or ledger.anchors
+    trained = ledger.steps_trained + 1
+    # A stretch of versions is forgotten once its newest one is over the bound.
+    kept = tuple(
+        anchor for anchor, (_, next_step) in pairwise(ledger.anchors) if trained - next_step <= settings.max_versions
     )
+    return replace(ledger, steps_trained=trained, version=version, anchors=(*kept, ledger.anchors[-1]))
 
 
 # ------------------------------------------------------------------------------------------------ resume, checkpoint
@@ -380,7 +406,10 @@ def ledger_from_json(value: Mapping[str, Any]) -> Ledger:
             int(task): Group(
                 ordinal=int(group["ordinal"]),
                 samples=MappingProxyType(
-                    {int(k): Sample(int(s[0]), None if s[1] is None else int(s[1]), bool(s[2])) for k, s in group["samples"].items()}
+                    {
+                        int(k): Sample(int(s[0]), None if s[1] is None else int(s[1]), bool(s[2]))
+                        for k, s in group["samples"].items()
+                    }
                 ),
                 first_finished_at=group["firstFinishedAt"],
             )
@@ -396,7 +425,7 @@ def ledger_from_json(value: Mapping[str, Any]) -> Ledger:
             anchors=tuple((int(v), int(s)) for v, s in value["anchors"]),
             last_sequence=int(value["lastSequence"]),
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise MalformedMessage(f"admission ledger of the checkpoint: {error!r}") from error
 
 

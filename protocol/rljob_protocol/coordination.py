@@ -44,7 +44,9 @@ async def claim_term(link: Link) -> int:
         except Fenced:
             continue
         return term
-    raise Fenced(f"the coordinator's term could not be claimed in {CLAIM_ATTEMPTS} attempts: another one keeps claiming it")
+    raise Fenced(
+        f"the coordinator's term could not be claimed in {CLAIM_ATTEMPTS} attempts: another one keeps claiming it"
+    )
 
 
 class CoordinatorHost:

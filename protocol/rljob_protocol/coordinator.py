@@ -56,7 +56,10 @@ class CoordinatorState:
     workers: Mapping[str, SeenWorker] = field(default_factory=lambda: MappingProxyType({}))
     restarts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     restarted: frozenset[tuple[str, str]] = frozenset()
+    gone: Mapping[str, WorkerState] = field(default_factory=lambda: MappingProxyType({}))
+    """Last reports of workers that ended: their keys outlive them, and one that was only out of reach comes back."""
     ended: WorkerCounters = field(default_factory=WorkerCounters)
+    """Totals of incarnations that were followed by another one."""
     crashed_tokens: int = 0
     beat_at: float | None = None
     stopped: str | None = None
@@ -218,8 +221,15 @@ def _on_manifest(
 
 
 def _on_workers(state: CoordinatorState, reported: tuple[WorkerState, ...], now: float) -> CoordinatorState:
-    workers = dict(state.workers)
+    workers, gone = dict(state.workers), dict(state.gone)
     for report in reported:
+        last = gone.get(report.worker)
+        if last is not None:
+            if last.incarnation == report.incarnation and report.revision <= last.revision:
+                continue
+            del gone[report.worker]
+            if last.incarnation != report.incarnation:
+                state = _end(state, last)
         seen = workers.get(report.worker)
         if seen is not None and seen.state.incarnation != report.incarnation:
             state = _end(state, seen.state)
@@ -229,9 +239,9 @@ def _on_workers(state: CoordinatorState, reported: tuple[WorkerState, ...], now:
             state = _note_failure(state, report)
     for name, seen in tuple(workers.items()):
         if seen.state.phase is WorkerPhase.STOPPED or now - seen.changed_at >= state.settings.liveness_seconds:
-            state = _end(state, seen.state)
+            gone[name] = seen.state
             del workers[name]
-    state = replace(state, workers=MappingProxyType(workers))
+    state = replace(state, workers=MappingProxyType(workers), gone=MappingProxyType(gone))
     return _quarantine(state)
 
 
@@ -259,7 +269,8 @@ def _quarantine(state: CoordinatorState) -> CoordinatorState:
     rank = _rank(state.desired.published)
     failed = state.failed_on.get(rank, frozenset())
     served = any(_serves(seen.state, state.desired.published) for seen in state.workers.values())
-    if served or len(failed) < QUARANTINE_WORKERS:
+    have_all_failed = bool(failed) and failed >= set(state.workers)
+    if served or (len(failed) < QUARANTINE_WORKERS and not have_all_failed):
         return state
     return replace(state, quarantined=state.quarantined | {rank})
 
@@ -296,11 +307,24 @@ def _order(state: CoordinatorState) -> tuple[CoordinatorState, tuple[Effect, ...
         return state, ()  # every worker keeps what it serves until a newer version is published
     quarantined = tuple(sorted(version for epoch, version in state.quarantined if epoch == wanted.epoch))
     held = state.desired
+    if (held is None or held.term != state.term) and _awaits_check(state):
+        # Workers follow `published` by themselves while there is no coordinator: the order of the term before would
+        # take them back to an older version.
+        return state, ()
     if held is not None and held.term == state.term and held.published == wanted and held.quarantined == quarantined:
         return state, ()
     generation = held.generation + 1 if held is not None and held.term == state.term else 1
     desired = DesiredVersion(term=state.term, generation=generation, published=wanted, quarantined=quarantined)
     return replace(state, writing=desired), (WriteDesired(desired),)
+
+
+def _awaits_check(state: CoordinatorState) -> bool:
+    """True until the newest published version is known and its manifest was read or found unreadable."""
+    if state.published is None:
+        return True
+    if _rank(state.published) in state.quarantined or state.retry_check_at is not None:
+        return False
+    return state.last_good is None or _rank(state.published) > _rank(state.last_good)
 
 
 def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
@@ -313,8 +337,8 @@ def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorS
         spent = state.restarts.get(name, 0)
         if key in state.restarted or spent >= state.settings.max_restarts_per_worker:
             continue
-        if seen.state.phase is WorkerPhase.STARTING:
-            continue  # an engine that is still starting has its own deadline
+        if seen.state.phase in (WorkerPhase.STARTING, WorkerPhase.DRAINING):
+            continue  # an engine that is still starting has its own deadline; one that drains swaps no more
         serving = "no version" if seen.state.serving_version is None else f"version {seen.state.serving_version}"
         reason = (
             f"serves {serving} {state.settings.timeout_seconds:g} s after version "
@@ -349,7 +373,10 @@ def summary(state: CoordinatorState, now: float) -> CoordinationSummary:
     for worker in live.values():
         if worker.serving_version is not None:
             histogram[worker.serving_version] = histogram.get(worker.serving_version, 0) + 1
-    totals = state.ended
+    ended = state
+    for last in state.gone.values():
+        ended = _end(ended, last)
+    totals = ended.ended
     for seen in state.workers.values():
         totals = add_counters(totals, seen.state.counters)
     return CoordinationSummary(
@@ -362,7 +389,7 @@ def summary(state: CoordinatorState, now: float) -> CoordinationSummary:
         restarts=sum(state.restarts.values()),
         quarantined=tuple(sorted(version for _, version in state.quarantined)),
         totals=totals,
-        crashed_tokens=state.crashed_tokens,
+        crashed_tokens=ended.crashed_tokens,
     )
 
 

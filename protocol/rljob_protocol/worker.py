@@ -4,9 +4,9 @@
 
 Invariants:
 - At most one fetch and at most one swap are under way; fetching goes on beside serving, swapping does not.
-- A swap is exactly ShutGate, Apply, Probe, OpenGate in this order; no token is generated between the first and the last.
+- A swap is exactly ShutGate, Apply, Probe, OpenGate in this order; no token is generated from the first to the last.
 - A version is applied only after its bytes were verified, and served only after its probe passed.
-- The highest (term, generation) counts: a replayed lower order changes nothing; a higher order may name a lower version.
+- The highest (term, generation) counts: a replayed lower order changes nothing; a higher one may name a lower version.
 - What fails after the gate was shut poisons the engine: it is restarted, never served on.
 """
 
@@ -48,6 +48,8 @@ class Target:
     published: PublishedVersion
     order: tuple[int, int] | None
     """None when it was taken from `published` itself (degraded)."""
+    past: tuple[int, int] | None = None
+    """Degraded: the order that was known then. It stays passed over; a new one counts again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +258,7 @@ def step(state: WorkerState, event: Event, now: float) -> tuple[WorkerState, tup
         case GateShut():
             if state.swap is Swap.SHUTTING and state.swapping is not None:
                 deadline = now + state.settings.apply_timeout_seconds
-                state = replace(state, swap=Swap.APPLYING, swap_deadline=deadline)
-                return state, (Apply(state.swapping),)
+                return replace(state, swap=Swap.APPLYING, swap_deadline=deadline), (Apply(state.swapping),)
         case GateStuck(error):
             return _poison(state, f"the gate could not be shut: {error}")
         case Applied(published):
@@ -313,12 +314,16 @@ def _choose_target(state: WorkerState, now: float) -> Target | None:
     silent = now - heard >= state.settings.coordinator_timeout_seconds
     desired, published = state.desired, state.published
     ordered = None if desired is None else Target(desired.published, desired.order)
+    target = state.target
+    if not silent and target is not None and target.order is None:
+        # A coordinator that returned beats before it orders: its predecessor's order would take the worker back.
+        return ordered if ordered is not None and ordered.order != target.past else target
     if not silent or published is None:
         return ordered if ordered is not None else (state.target if silent else None)
     quarantined = () if desired is None else desired.quarantined
     if published.version in quarantined or (desired is not None and _rank(published) <= _rank(desired.published)):
         return ordered
-    return Target(published, None)
+    return Target(published, None, None if desired is None else desired.order)
 
 
 def _after_failed_fetch(state: WorkerState, corrupt: bool, now: float) -> WorkerState:

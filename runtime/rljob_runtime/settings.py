@@ -63,7 +63,9 @@ class RuntimeSettings:
 def _required(environ: Mapping[str, str], name: str) -> str:
     value = environ.get(name)
     if not value:
-        raise RljobError(f"the environment variable {name} is not set: this process is started by `rljob run` or the operator")
+        raise RljobError(
+            f"the environment variable {name} is not set: this process is started by `rljob run` or the operator"
+        )
     return value
 
 

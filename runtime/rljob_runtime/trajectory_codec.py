@@ -109,7 +109,9 @@ def _check(trajectory: Trajectory) -> None:
         raise MalformedMessage(f"{label}: negative token id")
     logprobs = trajectory.behavior_logprobs[mask]
     if not np.isfinite(logprobs).all():
-        raise MalformedMessage(f"{label}: {int((~np.isfinite(logprobs)).sum())} behavior log-probabilities are not finite")
+        raise MalformedMessage(
+            f"{label}: {int((~np.isfinite(logprobs)).sum())} behavior log-probabilities are not finite"
+        )
     if (logprobs > 1e-4).any():
         raise MalformedMessage(f"{label}: behavior log-probability {float(logprobs.max()):.3g} is above 0")
     versions = trajectory.weight_version[mask]

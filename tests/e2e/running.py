@@ -104,6 +104,20 @@ def processes_naming(text: str) -> list[int]:
     return found
 
 
+def children_of(pid: int) -> list[int]:
+    """Direct children of a process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if parent == pid:
+                found.append(int(entry.name))
+    return found
+
+
 def wait_for_steps(run_directory: Path, steps: int, timeout: float = 90) -> None:
     """Until the run's steps.jsonl has that many lines."""
     deadline = time.monotonic() + timeout

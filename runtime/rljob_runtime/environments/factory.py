@@ -97,7 +97,7 @@ def _parse(name: str, parameters: Mapping[str, Any]) -> _Parameters:
     else:
         raise RljobError(f"unknown environment {name!r}; known: {', '.join(NAMES)}")
     adapter: TypeAdapter[_Parameters] = TypeAdapter(kind)
-    unknown = sorted(set(parameters) - {field for field in kind.__dataclass_fields__})
+    unknown = sorted(set(parameters) - set(kind.__dataclass_fields__))
     if unknown:
         # TypeAdapter ignores unknown keys of a plain dataclass: a typing mistake must not be silent.
         raise ValidationError.from_exception_data(

@@ -39,7 +39,9 @@ def create_dataset(parameters: ReasoningGymParameters, *, seed: int, size: int) 
     try:
         return reasoning_gym.create_dataset(parameters.dataset, seed=seed, size=size, **parameters.config)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
-        raise RljobError(f"reasoning-gym refuses dataset {parameters.dataset!r} with {parameters.config}: {error}") from error
+        raise RljobError(
+            f"reasoning-gym refuses dataset {parameters.dataset!r} with {parameters.config}: {error}"
+        ) from error
 
 
 def score(dataset: Any, answer: str, item: Any) -> float:

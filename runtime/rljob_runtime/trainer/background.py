@@ -1,9 +1,9 @@
 """An asyncio loop on its own thread, so that NATS goes on while the trainer's main thread computes.
 
-    produces    results of coroutines, to the main thread
-    consumes    coroutines that the main thread submits
-    waits for   submissions; each call has a deadline
-    unblocked by  the coroutine's end, its deadline, or a crash of a long-running task, which fails every later call
+produces    results of coroutines, to the main thread
+consumes    coroutines that the main thread submits
+waits for   submissions; each call has a deadline
+unblocked by  the coroutine's end, its deadline, or a crash of a long-running task, which fails every later call
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Background:
             if future.done():
                 raise
             future.cancel()
-            raise DeadlineExceeded(f"{coroutine.__qualname__} took longer than {deadline_seconds:g} s") from error
+            raise DeadlineExceeded(
+                f"{getattr(coroutine, '__qualname__', coroutine)} took longer than {deadline_seconds:g} s"
+            ) from error
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Keep a coroutine running until `stop`; should it fail, the next `call` or `check` raises its error."""

@@ -5,7 +5,7 @@ Shapes: T tokens of one trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class TrainRow:
     advantages: NDArray[np.float32]
     """[T], 0 where turn is -1."""
     staleness: NDArray[np.int32]
-    """[T], the batch's version minus the token's, -1 where turn is -1."""
+    """[T], steps since the token's version, 0 for the batch's version only, -1 where turn is -1."""
     trainable: NDArray[np.bool_]
     """[T], True for model tokens within the staleness bound."""
 
@@ -111,7 +111,12 @@ class TrainBatch:
 
 
 def build_batch(
-    groups: Sequence[Sequence[Trajectory]], *, version: int, max_versions: int, advantage: Advantage
+    groups: Sequence[Sequence[Trajectory]],
+    *,
+    version: int,
+    max_versions: int,
+    advantage: Advantage,
+    staleness_of: Callable[[int], int] | None = None,
 ) -> TrainBatch:
     """The batch of one step from its groups, in their order.
 
@@ -122,6 +127,8 @@ def build_batch(
         version: weight version at the start of the step.
         max_versions: bound on the staleness of a trained token.
         advantage: how rewards become advantages.
+        staleness_of: staleness of a version, 0 for `version` only; unset is the difference of the numbers. After a
+            resume numbers and steps differ (docs/design.md, section 3).
 
     Raises:
         ValueError: a token is newer than `version`.
@@ -129,22 +136,30 @@ def build_batch(
     """
     estimate = token_advantages(groups, advantage)
     rows = tuple(
-        _row(trajectory, advantages, version, max_versions)
+        _row(trajectory, advantages, version, max_versions, staleness_of or (lambda made: version - made))
         for group, of_group in zip(groups, estimate.advantages, strict=True)
         for trajectory, advantages in zip(group, of_group, strict=True)
     )
     return TrainBatch(version=version, rows=rows, groups_without_variance=estimate.groups_without_variance)
 
 
-def _row(trajectory: Trajectory, advantages: NDArray[np.float32], version: int, max_versions: int) -> TrainRow:
+def _row(
+    trajectory: Trajectory,
+    advantages: NDArray[np.float32],
+    version: int,
+    max_versions: int,
+    staleness_of: Callable[[int], int],
+) -> TrainRow:
     is_model = trajectory.model_mask
-    staleness = np.where(is_model, version - trajectory.weight_version, -1).astype(np.int32)
-    if (staleness[is_model] < 0).any():
-        newest = int(trajectory.weight_version[is_model].max())
+    newest = max(trajectory.versions, default=version)
+    if newest > version:
         raise ValueError(
             f"trajectory {trajectory.header.task}/{trajectory.header.sample} has tokens of version {newest}, and the "
             f"step starts at version {version}: the batch was built before that version was published"
         )
+    staleness = np.full(trajectory.tokens.shape, -1, np.int32)
+    for made in trajectory.versions:
+        staleness[is_model & (trajectory.weight_version == made)] = staleness_of(made)
     return TrainRow(
         task=trajectory.header.task,
         sample=trajectory.header.sample,

@@ -30,21 +30,30 @@ UNKNOWN_TASK = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Finished samples of one task, in sample order."""
+class Taken:
+    """The groups of one step, taken out of the ledger."""
 
-    task: int
-    trajectories: tuple[Trajectory, ...]
+    groups: tuple[tuple[Trajectory, ...], ...]
+    """Scored samples of each group, in sample order."""
+    staleness: dict[int, int]
+    """Version -> staleness, for all versions in the groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class IntakeTotals:
     """Model tokens by their end, as far as the trainer sees them."""
 
+    received: dict[str, int]
+    """By worker incarnation."""
+    received_up_to: int
+    """Sequence that `received` covers."""
     dropped: dict[str, int]
     pending: int
     """Received and neither trained nor dropped yet."""
     last_sequence: int
+
+
+NOTHING = IntakeTotals(received={}, received_up_to=0, dropped={}, pending=0, last_sequence=0)
 
 
 def admission_settings(spec: RLJobSpec) -> AdmissionSettings:
@@ -75,7 +84,7 @@ class Intake:
         spec: RLJobSpec,
         epoch: int,
         ledger: Ledger,
-        dropped: dict[str, int],
+        totals: IntakeTotals,
         tasks: TaskQueue,
         log: TrajectoryLog,
         logger: logging.Logger,
@@ -89,7 +98,9 @@ class Intake:
         self._logger = logger
         self._payloads: dict[tuple[int, int], Trajectory] = {}
         self._early: dict[tuple[int, int], tuple[int, Trajectory]] = {}
-        self._dropped: Counter[str] = Counter(dropped)
+        self._dropped: Counter[str] = Counter(totals.dropped)
+        self._received: Counter[str] = Counter(totals.received)
+        self._received_up_to = totals.received_up_to
         self._last_sequence = admission.cursor(ledger)
         self._changed = asyncio.Condition()
 
@@ -105,7 +116,7 @@ class Intake:
                 self._take_in(sequence, data)
                 if sequence >= last:
                     break
-        for task, sample in admission.outstanding(self._ledger):
+        for task, sample in admission.outstanding(self._ledger, self._settings):
             await self._publish(task, sample)
 
     async def run(self) -> None:
@@ -114,16 +125,17 @@ class Intake:
             group.create_task(self._ingest())
             group.create_task(self._pace())
 
-    async def next_batch(self, wait_seconds: float) -> tuple[Group, ...] | None:
+    async def next_batch(self, wait_seconds: float) -> Taken | None:
         """Groups of the next step, oldest first; None when they are not there within `wait_seconds`."""
         deadline = time.monotonic() + wait_seconds
         while True:
             self._ledger, batch = admission.take_batch(self._ledger, self._settings, time.monotonic())
             if batch is not None:
-                return tuple(
-                    Group(group.task, tuple(self._payloads.pop((group.task, sample)) for sample in group.samples))
-                    for group in batch
+                groups = tuple(
+                    tuple(self._payloads.pop((group.task, sample)) for sample in group.samples) for group in batch
                 )
+                versions = {version for group in groups for trajectory in group for version in trajectory.versions}
+                return Taken(groups, {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)})
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
@@ -147,7 +159,13 @@ class Intake:
         """Where the tokens are, for the step report."""
         pending = sum(t.num_model_tokens for t in self._payloads.values())
         pending += sum(t.num_model_tokens for _, t in self._early.values())
-        return IntakeTotals(dict(self._dropped), pending, self._last_sequence)
+        return IntakeTotals(
+            received=dict(self._received),
+            received_up_to=self._received_up_to,
+            dropped=dict(self._dropped),
+            pending=pending,
+            last_sequence=self._last_sequence,
+        )
 
     async def snapshot(self) -> tuple[dict[str, object], int]:
         """The ledger for a checkpoint, and the cursor below which the stream may be cut."""
@@ -226,19 +244,31 @@ class Intake:
         self._last_sequence = sequence
         try:
             trajectory = decode_trajectory(data)
+            _check_rewards(trajectory)
         except MalformedMessage as error:
             self._dropped["Malformed"] += 0
             self._logger.warning("trajectory refused", extra={"sequence": sequence, "error": str(error)})
             self._pass(sequence)
             return
         header = trajectory.header
+        again = sequence <= self._received_up_to
+        if not again:
+            self._received_up_to = sequence
+            self._received[f"{header.worker}/{header.incarnation}"] += trajectory.num_model_tokens
         if header.task >= self._ledger.next_task:
             # Finished under a trainer that died after its last checkpoint: its number will be admitted again.
             self._early[(header.task, header.sample)] = (sequence, trajectory)
             return
-        self._accept(sequence, trajectory)
+        self._accept(sequence, trajectory, again=again)
 
-    def _accept(self, sequence: int, trajectory: Trajectory) -> None:
+    def _accept(self, sequence: int, trajectory: Trajectory, *, again: bool = False) -> None:
+        """Hand a trajectory to the ledger.
+
+        Args:
+            sequence: its place on the stream.
+            trajectory: what was read.
+            again: read by an earlier epoch, before its checkpoint: its tokens were counted then, trained or dropped.
+        """
         header = trajectory.header
         scored = header.outcome is not Outcome.ENVIRONMENT_FAILED
         versions = trajectory.versions
@@ -257,13 +287,28 @@ class Intake:
         )
         if verdict is Verdict.ACCEPTED and scored:
             self._payloads[(header.task, header.sample)] = trajectory
-        elif verdict is Verdict.ACCEPTED:
-            self._dropped["EnvironmentFailed"] += trajectory.num_model_tokens
-        else:
-            self._dropped[str(verdict)] += trajectory.num_model_tokens
+        elif not again:
+            reason = "EnvironmentFailed" if verdict is Verdict.ACCEPTED else str(verdict)
+            self._dropped[reason] += trajectory.num_model_tokens
 
     def _pass(self, sequence: int) -> None:
         seen = SampleSeen(
             task=UNKNOWN_TASK, sample=0, sequence=sequence, oldest_version=None, scored=False, model_tokens=0
         )
         self._ledger, _ = admission.on_sample(self._ledger, self._settings, seen, time.monotonic())
+
+
+def _check_rewards(trajectory: Trajectory) -> None:
+    """Each model turn of a scored trajectory has a finite reward.
+
+    Raises:
+        MalformedMessage: one has not.
+    """
+    header = trajectory.header
+    if header.outcome is Outcome.ENVIRONMENT_FAILED:
+        return
+    turns = int(trajectory.turn.max()) + 1
+    if len(header.turn_rewards) < turns:
+        raise MalformedMessage(
+            f"trajectory {header.task}/{header.sample}: {len(header.turn_rewards)} turn rewards for {turns} turns"
+        )

@@ -12,20 +12,28 @@ from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import JsonValue
 from torch import Tensor
 
-from rljob_api.errors import DeadlineExceeded
-from rljob_api.messages import CheckpointPointer, PublishedVersion, StepReport, TrainerPhase, TrainerState
+from rljob_api.errors import DeadlineExceeded, StorageError
+from rljob_api.messages import CheckpointPointer, PublishedVersion, TrainerPhase, TrainerState
 from rljob_api.names import KEY_TRAINER
 from rljob_api.spec import RLJobSpec
 from rljob_api.weights import ModelFile, Probe
+from rljob_protocol.admission import DropReason
 from rljob_protocol.link import Link
 from rljob_protocol.streams import StepLog, TrajectoryLog
 from rljob_runtime.trainer.background import Background
-from rljob_runtime.trainer.intake import Group, Intake, IntakeTotals
+from rljob_runtime.trainer.batch import TrainBatch, build_batch
+from rljob_runtime.trainer.checkpoint import CheckpointState, prune
+from rljob_runtime.trainer.intake import Intake, Taken
 from rljob_runtime.trainer.publisher import Publisher, oldest_version_needed
 from rljob_runtime.trainer.record import RecordedRow, Recorder
+from rljob_runtime.trainer.reporting import Seconds, step_report
+from rljob_runtime.trainer.update import UpdateReport
+from rljob_runtime.weights.blobs import BlobStore
 from rljob_runtime.weights.encode import encode_version
+from rljob_runtime.weights.fetch import fetch_manifest, fetch_weights
 
 T = TypeVar("T")
 
@@ -46,6 +54,9 @@ class Leader:
         link: Link,
         publisher: Publisher,
         intake: Intake,
+        store: BlobStore,
+        cache: Path,
+        tokens_trained: int,
         spec: RLJobSpec,
         model_files: Sequence[ModelFile],
         recorder: Recorder | None,
@@ -55,6 +66,11 @@ class Leader:
         self._link = link
         self._publisher = publisher
         self._intake = intake
+        self._store = store
+        self._cache = cache
+        self._tokens_trained = tokens_trained
+        self._taken: Taken | None = None
+        self._cursor = 0
         self._spec = spec
         self._model_files = tuple(model_files)
         self._recorder = recorder
@@ -76,6 +92,7 @@ class Leader:
 
     def start(self) -> None:
         """Begin to take in trajectories, admit groups and send heartbeats."""
+        self._background.call(self._intake.recover(), deadline_seconds=OUTAGE_SECONDS)
         self._background.start(self._intake.run())
         self._background.start(self._heartbeats())
 
@@ -84,11 +101,39 @@ class Leader:
         self._background.check()
         self._state = self._state.model_copy(update={"phase": phase, "step": step, "version": version})
 
-    def next_batch(self, wait_seconds: float) -> tuple[Group, ...] | None:
-        """Groups of the next step, or None when they are not there in time."""
-        return self._background.call(
+    def next_batch(self, version: int, wait_seconds: float) -> TrainBatch | None:
+        """The next step's batch, or None when its groups are not there in time."""
+        taken = self._background.call(
             self._intake.next_batch(wait_seconds), deadline_seconds=wait_seconds + OUTAGE_SECONDS
         )
+        if taken is None:
+            return None
+        self._taken = taken
+        return build_batch(
+            taken.groups,
+            version=version,
+            max_versions=self._spec.staleness.max_versions,
+            advantage=self._spec.training.advantage,
+            staleness_of=taken.staleness.__getitem__,
+        )
+
+    def fetch_version(self, version: int) -> Path | None:
+        """The published bytes of a retained version, for a snapshot that memory no longer holds; None when gone."""
+        published = self._publisher.retained.get(version)
+        if published is None:
+            return None
+        return self._call(self._fetch(published))
+
+    async def _fetch(self, published: PublishedVersion) -> Path | None:
+        try:
+            manifest = await fetch_manifest(self._store, published.manifest, self._cache)
+            return await fetch_weights(self._store, manifest, self._cache)
+        except StorageError as error:
+            self._logger.warning(
+                "retained version could not be fetched",
+                extra={"weight_version": published.version, "error": str(error)},
+            )
+            return None
 
     def publish(
         self, state: Mapping[str, Tensor], probe: Probe, *, version: int, step: int, final: bool
@@ -113,41 +158,44 @@ class Leader:
         )
         return published
 
-    def step_trained(self, version: int) -> None:
-        """Let the intake admit the groups that the trained step makes room for."""
+    def step_trained(self, version: int, update: UpdateReport) -> None:
+        """Count the step's tokens, and let the intake admit the groups that the step makes room for."""
+        self._tokens_trained += update.tokens_trained
+        self._call(self._intake.drop(update.tokens_over_bound, str(DropReason.STALE)))
+        self._call(self._intake.drop(update.tokens_missing, "MissingOldLogprob"))
         self._call(self._intake.step_trained(version))
 
-    def count_dropped(self, tokens: int, reason: str) -> None:
-        """Count model tokens that left a batch untrained."""
-        self._call(self._intake.drop(tokens, reason))
-
-    def totals(self) -> IntakeTotals:
-        """Where the model tokens are."""
-        return self._call(self._intake.totals())
-
-    def queue_depths(self) -> tuple[int, int]:
-        """(tasks waiting or leased, trajectories received and not yet trained); (-1, n) while NATS is away."""
-        try:
-            return self._call(self._intake.queue_depths())
-        except DeadlineExceeded:
-            return -1, 0
-
-    def append_report(self, report: StepReport) -> None:
-        """Put the step's report on the steps stream."""
-        self._call(self._steps.append(report))
-
-    def record_step(
-        self, *, step: int, version_start: int, rows: Sequence[RecordedRow], source_names: Mapping[int, str]
+    def report(
+        self, *, step: int, version: int, batch: TrainBatch, update: UpdateReport, rate: float, seconds: Seconds
     ) -> None:
-        """Keep the step for `rljob verify`, if a record is wanted."""
+        """Put the step's report on the steps stream and the step into the record."""
+        taken = self._taken
+        if taken is None:
+            raise ValueError("a step is reported that had no batch")
+        report = step_report(
+            epoch=self.epoch,
+            step=step,
+            version=version,
+            route=self._spec.correction.old_logprobs.value,
+            rate=rate,
+            taken=taken,
+            update=update,
+            groups_without_variance=batch.groups_without_variance,
+            tokens_trained=self._tokens_trained,
+            totals=self._call(self._intake.totals()),
+            queues=self._call(self._intake.queue_depths()),
+            seconds=seconds,
+            now=time.time(),
+        )
         if self._recorder is not None:
             self._recorder.add_step(
-                step=step, epoch=self.epoch, version_start=version_start, rows=rows, source_names=source_names
+                step=step, epoch=self.epoch, version_start=batch.version, rows=_recorded(taken, batch, update)
             )
-
-    @property
-    def keeps_record(self) -> bool:
-        return self._recorder is not None
+        self._call(self._steps.append(report))
+        self._logger.info(
+            "step trained",
+            extra={"step": step, "reward": round(report.reward, 4), "staleness_p95": report.staleness.p95},
+        )
 
     def stream_is_filling(self) -> bool:
         """True at 70 % of the trajectory stream's bound: a checkpoint cuts it before it blocks the workers."""
@@ -157,36 +205,37 @@ class Leader:
             self._stream_share = self._call(self._intake.stream_share())
         return self._stream_share >= STREAM_FULL_SHARE
 
-    def ledger(self) -> tuple[dict[str, object], int]:
-        """The admission ledger for a checkpoint, and the cursor below which the stream may be cut."""
-        return self._call(self._intake.snapshot())
+    def checkpoint_state(self, *, version: int, step: int) -> CheckpointState:
+        """What goes into a checkpoint besides weights and optimizer."""
+        ledger, self._cursor = self._call(self._intake.snapshot())
+        totals = self._call(self._intake.totals())
+        counters: dict[str, JsonValue] = {
+            "tokensTrained": self._tokens_trained,
+            "tokensDropped": dict(totals.dropped),
+            "tokensReceived": dict(totals.received),
+            "receivedUpTo": totals.received_up_to,
+        }
+        return CheckpointState(epoch=self.epoch, version=version, step=step, ledger=ledger, counters=counters)
 
-    def checkpointed(self, directory: Path, *, version: int, step: int, cursor: int) -> None:
+    def checkpointed(self, root: Path, name: str, *, version: int, step: int) -> None:
         """Point to a finished checkpoint, then let go of what no replay from it needs."""
-        pointer = CheckpointPointer(
-            epoch=self.epoch, version=version, step=step, directory=directory.name, cursor=cursor
-        )
+        pointer = CheckpointPointer(epoch=self.epoch, version=version, step=step, directory=name, cursor=self._cursor)
         self._call(self._publisher.point_to_checkpoint(pointer))
-        self._call(self._log.cut(cursor))
+        prune(root, keep=self._spec.storage.checkpoint.keep, current=name)
+        self._call(self._log.cut(self._cursor))
         oldest = oldest_version_needed(
             version=version, step=step, checkpoint_step=step, max_versions=self._spec.staleness.max_versions
         )
         deleted = self._call(self._publisher.keep_versions_from(oldest))
         self._stream_checked = float("-inf")
-        self._logger.info("checkpoint written", extra={"step": step, "cursor": cursor, "blobs_deleted": deleted})
+        self._logger.info("checkpoint written", extra={"step": step, "cursor": self._cursor, "blobs_deleted": deleted})
 
-    def finish(self, *, step: int, version: int) -> None:
-        """Say that nothing more will be trained."""
-        self.phase(TrainerPhase.FINISHED, step, version)
+    def finish(self, *, finished: bool) -> None:
+        """Say that this trainer trains nothing more."""
+        self._state = self._state.model_copy(
+            update={"phase": TrainerPhase.FINISHED, "message": "" if finished else "stopped in order"}
+        )
         self._call(self._send_heartbeat())
-
-    def close(self) -> None:
-        """Stop the background loop and leave NATS."""
-        self._background.cancel_tasks()
-        try:
-            self._background.call(self._link.close(), deadline_seconds=10.0)
-        finally:
-            self._background.stop()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._background.call(coroutine, deadline_seconds=OUTAGE_SECONDS)
@@ -202,3 +251,18 @@ class Leader:
             except DeadlineExceeded as error:
                 self._logger.warning("heartbeat was not written", extra={"error": str(error)})
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+def _recorded(taken: Taken, batch: TrainBatch, update: UpdateReport) -> list[RecordedRow]:
+    trajectories = [trajectory for group in taken.groups for trajectory in group]
+    return [
+        RecordedRow(
+            trajectory=trajectory,
+            old_logprobs=values.old_logprobs,
+            old_source=values.source,
+            target_logprobs=values.target_logprobs,
+            advantages=row.advantages,
+            loss_mask=row.trainable,
+        )
+        for trajectory, row, values in zip(trajectories, batch.rows, update.records, strict=True)
+    ]

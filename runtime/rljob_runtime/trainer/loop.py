@@ -10,26 +10,25 @@ One step is one batch, one or more optimizer updates and exactly one published v
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rljob_api.messages import TrainerPhase
-from rljob_api.spec import RLJobSpec
+from rljob_api.spec import OldLogprobs, RLJobSpec
 from rljob_runtime.correction.snapshots import SnapshotStore
-from rljob_runtime.correction.sources import resolve
 from rljob_runtime.trainer.batch import TrainBatch, broadcast_batch
-from rljob_runtime.trainer.checkpoint import Counters, save_checkpoint
+from rljob_runtime.trainer.checkpoint import CheckpointState, save_checkpoint
 from rljob_runtime.trainer.distributed import World, broadcast_bytes
 from rljob_runtime.trainer.leader import Leader
 from rljob_runtime.trainer.model import Policy, full_state
 from rljob_runtime.trainer.optimizer import learning_rate
 from rljob_runtime.trainer.probe import make_probe
-from rljob_runtime.trainer.update import train_batch
+from rljob_runtime.trainer.reporting import Seconds
+from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
 
 IDLE_SECONDS = 5.0
 
@@ -40,17 +39,6 @@ class Order(IntEnum):
     IDLE = 0
     TRAIN = 1
     STOP = 2
-
-
-@dataclass(slots=True)
-class Seconds:
-    """Where a step's wall time went."""
-
-    waiting: float = 0.0
-    scoring: float = 0.0
-    training: float = 0.0
-    publishing: float = 0.0
-    checkpointing: float = 0.0
 
 
 class Trainer:
@@ -67,12 +55,12 @@ class Trainer:
         leader: Leader | None,
         checkpoint_root: Path,
         probe_tokens: tuple[int, ...],
-        step: int,
-        version: int,
         epoch: int,
-        logger: logging.Logger,
+        version: int,
+        step: int,
     ) -> None:
         self._spec = spec
+        self._settings = UpdateSettings.of(spec)
         self._world = world
         self._policy = policy
         self._optimizer = optimizer
@@ -80,17 +68,17 @@ class Trainer:
         self._leader = leader
         self._checkpoint_root = checkpoint_root
         self._probe_tokens = probe_tokens
-        self._logger = logger
         self._epoch = epoch
         self._version = version
         self._step = step
-        self._checkpoint_step = -1
+        self._checkpointed_step: int | None = None
 
     def run(self) -> bool:
         """Train until the last step or a stop order; True when all steps are trained."""
-        self._publish(final=self._step >= self._spec.training.steps)
-        if self._step == 0:
-            self._checkpoint()
+        self._publish()
+        self._checkpoint()
+        if self._leader is not None:
+            self._leader.start()
         while self._step < self._spec.training.steps:
             seconds = Seconds()
             order, batch = self._wait(seconds)
@@ -98,87 +86,98 @@ class Trainer:
                 self._checkpoint()
                 return False
             self._train(batch, seconds)
-        if self._checkpoint_step != self._step:
+        if self._checkpointed_step != self._step:
             self._checkpoint()
         return True
 
     def _wait(self, seconds: Seconds) -> tuple[Order, TrainBatch | None]:
         """Rank 0's next order, on every rank, and its batch."""
         started = time.monotonic()
+        self._say(TrainerPhase.WAITING)
         while True:
             order, batch = Order.IDLE, None
             if self._leader is not None:
-                self._leader.phase(TrainerPhase.WAITING, self._step, self._version)
                 if self._leader.stop_requested:
                     order = Order.STOP
                 else:
                     batch = self._leader.next_batch(self._version, IDLE_SECONDS)
                     order = Order.IDLE if batch is None else Order.TRAIN
             # Each idle round is a collective of its own: no process waits in one for longer than IDLE_SECONDS.
-            sent = bytes([order]) if self._leader is not None else None
-            order = Order(broadcast_bytes(sent, self._world.device)[0])
+            order = Order(self._from_leader(bytes([order]))[0])
             if order is Order.IDLE:
                 continue
             seconds.waiting = time.monotonic() - started
             return order, broadcast_batch(batch, self._world.device) if order is Order.TRAIN else None
 
     def _train(self, batch: TrainBatch, seconds: Seconds) -> None:
-        if self._leader is not None:
-            self._leader.phase(TrainerPhase.TRAINING, self._step, self._version)
+        self._say(TrainerPhase.TRAINING)
         started = time.monotonic()
-        resolved = resolve(batch, self._policy, self._snapshots, self._spec)
+        self._reload_snapshots(batch)
+        old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world)
         scored = time.monotonic()
-        seconds.scoring = scored - started
         rate = learning_rate(self._spec.training, self._step)
-        result = train_batch(batch, resolved, self._policy, self._optimizer, self._spec, rate=rate)
-        seconds.training = time.monotonic() - scored
+        update = train_on(self._policy, self._optimizer, batch, old, self._settings, self._world, rate=rate)
+        trained = time.monotonic()
         self._step += 1
         self._version += 1
-        started = time.monotonic()
-        self._publish(final=self._step >= self._spec.training.steps)
+        self._publish()
         if self._leader is not None:
-            self._leader.step_trained(self._version)
-        seconds.publishing = time.monotonic() - started
-        started = time.monotonic()
+            self._leader.step_trained(self._version, update)
+        published = time.monotonic()
         if self._checkpoint_due():
             self._checkpoint()
-        seconds.checkpointing = time.monotonic() - started
+        seconds.scoring, seconds.training = scored - started, trained - scored
+        seconds.publishing, seconds.checkpointing = published - trained, time.monotonic() - published
         if self._leader is not None:
             self._leader.report(
-                step=self._step, version=self._version, batch=batch, result=result, rate=rate, seconds=seconds
+                step=self._step, version=self._version, batch=batch, update=update, rate=rate, seconds=seconds
             )
 
-    def _publish(self, *, final: bool) -> None:
+    def _reload_snapshots(self, batch: TrainBatch) -> None:
+        """Bring back versions that the batch names and memory does not hold: a resume starts with an empty store."""
+        if self._spec.correction.old_logprobs is not OldLogprobs.SNAPSHOT:
+            return
+        named = np.unique(np.concatenate([row.weight_version[row.trainable] for row in batch.rows]))
+        for version in sorted({int(v) for v in named} - set(self._snapshots.versions) - {batch.version}):
+            found = self._leader.fetch_version(version) if self._leader is not None else None
+            path = self._from_leader(str(found or "").encode() or b"-").decode()
+            if path != "-":
+                self._snapshots.load_full(version, self._policy, Path(path))
+
+    def _publish(self) -> None:
         """Announce the policy as it is now as the current version, and keep what scores its tokens later."""
-        if self._leader is not None:
-            self._leader.phase(TrainerPhase.PUBLISHING, self._step, self._version)
+        self._say(TrainerPhase.PUBLISHING)
         state = full_state(self._policy)
         probe = make_probe(self._policy, self._probe_tokens)
         if self._leader is not None:
+            final = self._step >= self._spec.training.steps
             self._leader.publish(state, probe, version=self._version, step=self._step, final=final)
-        self._snapshots.save(self._version, self._policy)
-        for version in self._snapshots.versions:
-            if version < self._version - self._spec.staleness.max_versions:
-                self._snapshots.drop(version)
+        if self._spec.correction.old_logprobs is OldLogprobs.SNAPSHOT:
+            self._snapshots.save(self._version, self._policy)
+            for version in self._snapshots.versions:
+                if version < self._version - self._spec.staleness.max_versions:
+                    self._snapshots.drop(version)
 
     def _checkpoint_due(self) -> bool:
-        every = self._spec.storage.checkpoint.every_steps
-        due = self._step % every == 0 or (self._leader is not None and self._leader.stream_is_filling())
-        sent = bytes([due]) if self._leader is not None else None
-        return bool(broadcast_bytes(sent, self._world.device)[0])
+        filling = self._leader is not None and self._leader.stream_is_filling()
+        due = filling or self._step % self._spec.storage.checkpoint.every_steps == 0
+        return bool(self._from_leader(bytes([due]))[0])
 
     def _checkpoint(self) -> None:
+        self._say(TrainerPhase.CHECKPOINTING)
         if self._leader is not None:
-            self._leader.phase(TrainerPhase.CHECKPOINTING, self._step, self._version)
-        ledger = self._leader.ledger() if self._leader is not None else None
-        directory = save_checkpoint(
-            self._checkpoint_root,
-            policy=self._policy,
-            optimizer=self._optimizer,
-            counters=Counters(epoch=self._epoch, version=self._version, step=self._step),
-            ledger=ledger,
-            keep=self._spec.storage.checkpoint.keep,
-        )
+            state = self._leader.checkpoint_state(version=self._version, step=self._step)
+        else:
+            state = CheckpointState(epoch=self._epoch, version=self._version, step=self._step, ledger={})
+        name = save_checkpoint(self._checkpoint_root, self._policy, self._optimizer, state, self._world)
         if self._leader is not None:
-            self._leader.checkpointed(directory, version=self._version, step=self._step)
-        self._checkpoint_step = self._step
+            self._leader.checkpointed(self._checkpoint_root, name, version=self._version, step=self._step)
+        self._checkpointed_step = self._step
+
+    def _from_leader(self, data: bytes) -> bytes:
+        """Rank 0's bytes on every rank."""
+        return broadcast_bytes(data if self._leader is not None else None, self._world.device)
+
+    def _say(self, phase: TrainerPhase) -> None:
+        if self._leader is not None:
+            self._leader.phase(phase, self._step, self._version)

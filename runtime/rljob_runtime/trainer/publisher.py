@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from rljob_api.base import WireMessage
 from rljob_api.errors import Fenced
-from rljob_api.messages import CheckpointPointer, EpochClaim, PublishedVersion
-from rljob_api.names import KEY_CHECKPOINT, KEY_EPOCH, KEY_PUBLISHED
+from rljob_api.messages import CheckpointPointer, EpochClaim, PublishedVersion, RetainedVersions
+from rljob_api.names import KEY_CHECKPOINT, KEY_EPOCH, KEY_PUBLISHED, KEY_RETAINED
 from rljob_api.weights import ModelFile
 from rljob_protocol.link import Link
 from rljob_runtime.weights.blobs import BlobStore
@@ -27,6 +28,9 @@ class Publisher:
         self._logger = logger
         self._published_revision: int | None = None
         self._checkpoint_revision: int | None = None
+        self._retained_revision: int | None = None
+        self.retained: dict[int, PublishedVersion] = {}
+        """Versions whose blobs are kept."""
         self.epoch = epoch
         self.published: PublishedVersion | None = None
         self.checkpoint: CheckpointPointer | None = None
@@ -49,12 +53,18 @@ class Publisher:
             publisher = cls(link, store, epoch, logger)
             await publisher._read_pointers()
             return publisher
-        raise Fenced(f"the trainer's epoch could not be claimed in {CLAIM_ATTEMPTS} attempts: another trainer keeps claiming")
+        raise Fenced(
+            f"the trainer's epoch could not be claimed in {CLAIM_ATTEMPTS} attempts: another trainer keeps claiming"
+        )
 
     async def _read_pointers(self) -> None:
         published = await self._link.read(KEY_PUBLISHED, PublishedVersion)
         if published is not None:
             self._published_revision, self.published = published.revision, published.value
+        retained = await self._link.read(KEY_RETAINED, RetainedVersions)
+        if retained is not None:
+            self._retained_revision = retained.revision
+            self.retained = {version.version: version for version in retained.value.versions}
         checkpoint = await self._link.read(KEY_CHECKPOINT, CheckpointPointer)
         if checkpoint is not None:
             self._checkpoint_revision, self.checkpoint = checkpoint.revision, checkpoint.value
@@ -81,6 +91,8 @@ class Publisher:
             num_bytes=encoded.manifest.num_bytes,
             final=final,
         )
+        self.retained[version.version] = version
+        await self._write_retained()
         self._published_revision = await self._set(KEY_PUBLISHED, version, self._published_revision, PublishedVersion)
         self.published = version
         await self._link.hint(self._link.names.published_hint)
@@ -95,18 +107,20 @@ class Publisher:
 
     async def keep_versions_from(self, oldest: int) -> int:
         """Delete the blobs of versions below `oldest`; returns how many."""
+        self.retained = {number: version for number, version in self.retained.items() if number >= oldest}
+        await self._write_retained()
         gone = unneeded_blobs(await self._store.names(), oldest=oldest)
         for name in gone:
             await self._store.delete(name)
         return len(gone)
 
-    async def _set(
-        self,
-        key: str,
-        value: PublishedVersion | CheckpointPointer,
-        revision: int | None,
-        kind: type[PublishedVersion] | type[CheckpointPointer],
-    ) -> int:
+    async def _write_retained(self) -> None:
+        retained = RetainedVersions(
+            epoch=self.epoch, versions=tuple(version for _, version in sorted(self.retained.items()))
+        )
+        self._retained_revision = await self._set(KEY_RETAINED, retained, self._retained_revision, RetainedVersions)
+
+    async def _set(self, key: str, value: WireMessage, revision: int | None, kind: type[WireMessage]) -> int:
         try:
             return await self._link.write(key, value, expected_revision=revision)
         except Fenced:

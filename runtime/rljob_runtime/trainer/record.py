@@ -16,15 +16,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
 from rljob_api.weights import ModelFile
+from rljob_runtime.correction.sources import SOURCE_NAMES
 from rljob_runtime.trajectory_codec import Trajectory
 from rljob_runtime.weights.encode import EncodedVersion
 
@@ -37,7 +39,7 @@ class RecordedRow:
 
     trajectory: Trajectory
     old_logprobs: NDArray[np.float32]
-    old_source: NDArray[np.uint8]
+    old_source: NDArray[np.int8]
     target_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
     loss_mask: NDArray[np.bool_]
@@ -86,29 +88,30 @@ class Recorder:
         epoch: int,
         version_start: int,
         rows: Sequence[RecordedRow],
-        source_names: Mapping[int, str],
     ) -> None:
         """Keep one step's rows."""
         offsets = np.cumsum([0, *(row.trajectory.num_tokens for row in rows)], dtype=np.int64)
-        joined = {
+        joined: dict[str, list[NDArray[Any]]] = {
             "tokens": [row.trajectory.tokens for row in rows],
             "turn": [row.trajectory.turn for row in rows],
             "weight_version": [row.trajectory.weight_version for row in rows],
             "behavior_logprobs": [row.trajectory.behavior_logprobs for row in rows],
             "old_logprobs": [row.old_logprobs for row in rows],
-            "old_source": [row.old_source for row in rows],
+            "old_source": [row.old_source.astype(np.uint8) for row in rows],
             "target_logprobs": [row.target_logprobs for row in rows],
             "advantages": [row.advantages for row in rows],
             "loss_mask": [row.loss_mask.astype(np.uint8) for row in rows],
         }
-        tensors = {name: np.concatenate(parts) for name, parts in joined.items()} | {"row_offsets": offsets}
+        tensors: dict[str, NDArray[Any]] = {name: np.concatenate(parts) for name, parts in joined.items()} | {
+            "row_offsets": offsets
+        }
         header = {
             "step": step,
             "epoch": epoch,
             "version_start": version_start,
             "temperature": self._temperature,
             "compute_type": self._compute_type,
-            "source_names": {str(code): name for code, name in source_names.items()},
+            "source_names": {str(code): name for code, name in enumerate(SOURCE_NAMES)},
             "headers": [row.trajectory.header.model_dump(mode="json", by_alias=True) for row in rows],
         }
         data = save_tensors(tensors, {RECORD_KEY: json.dumps(header)})

@@ -56,7 +56,9 @@ def verify_file(blob: Blob, path: Path) -> None:
             digest.update(part)
             size += len(part)
     if size != blob.num_bytes:
-        raise BlobCorrupt(f"blob {blob.name} has {size} bytes, its manifest says {blob.num_bytes}: it was cut off or altered")
+        raise BlobCorrupt(
+            f"blob {blob.name} has {size} bytes, its manifest says {blob.num_bytes}: it was cut off or altered"
+        )
     if digest.hexdigest() != blob.sha256:
         raise BlobCorrupt(
             f"blob {blob.name} has digest {digest.hexdigest()[:16]}…, its manifest says {blob.sha256[:16]}…: it was altered"

@@ -46,7 +46,9 @@ async def fetch_weights(store: BlobStore, manifest: WeightManifest, cache: Path)
             await store.fetch(blob, part)
             await asyncio.to_thread(_append, part, joined)
         if await asyncio.to_thread(_digest, joined) != manifest.sha256:
-            raise BlobCorrupt(f"version {manifest.version}: its chunks are whole, joined they are not what the manifest says")
+            raise BlobCorrupt(
+                f"version {manifest.version}: its chunks are whole, joined they are not what the manifest says"
+            )
         os.replace(joined, path)
     finally:
         joined.unlink(missing_ok=True)

@@ -59,7 +59,11 @@ class NatsBlobStore:
         try:
             await self._link.retry(f"fetch blob {blob.name}", attempt, deadline_seconds=TRANSFER_SECONDS)
             verify_file(blob, destination)
-        except (nats.js.errors.ObjectNotFoundError, nats.js.errors.NotFoundError, nats.js.errors.ObjectDeletedError) as error:
+        except (
+            nats.js.errors.ObjectNotFoundError,
+            nats.js.errors.NotFoundError,
+            nats.js.errors.ObjectDeletedError,
+        ) as error:
             destination.unlink(missing_ok=True)
             raise BlobMissing(
                 f"blob {blob.name} is not in the NATS object store: its version may have been cleaned up"
@@ -80,7 +84,11 @@ class NatsBlobStore:
         async def attempt() -> None:
             try:
                 await (await self._bucket()).delete(name)
-            except (nats.js.errors.ObjectNotFoundError, nats.js.errors.NotFoundError, nats.js.errors.ObjectDeletedError):
+            except (
+                nats.js.errors.ObjectNotFoundError,
+                nats.js.errors.NotFoundError,
+                nats.js.errors.ObjectDeletedError,
+            ):
                 return
 
         await self._link.retry(f"delete blob {name}", attempt)

@@ -14,9 +14,9 @@ async def publish_version(store: BlobStore, encoded: EncodedVersion) -> Blob:
     for blob, data in encoded.chunks:
         await store.put(blob, data)
     manifest = encoded.manifest
-    data = manifest.to_bytes()
-    blob = make_blob(f"m-{manifest.epoch}-{manifest.version}", data)
-    await store.put(blob, data)
+    described = manifest.to_bytes()
+    blob = make_blob(f"m-{manifest.epoch}-{manifest.version}", described)
+    await store.put(blob, described)
     return blob
 
 

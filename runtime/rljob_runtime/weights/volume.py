@@ -59,7 +59,9 @@ class VolumeBlobStore:
             shutil.copyfile(self._directory / blob.name, destination)
         except FileNotFoundError as error:
             destination.unlink(missing_ok=True)
-            raise BlobMissing(f"blob {blob.name} is not in {self._directory}: its version may have been cleaned up") from error
+            raise BlobMissing(
+                f"blob {blob.name} is not in {self._directory}: its version may have been cleaned up"
+            ) from error
         except OSError as error:
             destination.unlink(missing_ok=True)
             raise write_error(error, blob, destination.parent) from error

@@ -1,0 +1,81 @@
+"""Child processes of a run: each in a session of its own, with a log file, and none left behind.
+
+A child dies with this process even when this process is killed (PR_SET_PDEATHSIG), and what a child starts dies with its
+process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rljob_protocol.children import die_with_parent
+
+
+@dataclass(slots=True)
+class Child:
+    """A running process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return self.process.poll()
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the process alone: it passes on what it must."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def kill_group(self) -> None:
+        """End the process and everything it started, at once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def tail(self, lines: int = 20) -> str:
+        """Last lines of its log."""
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+
+def start(name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Child:
+    """Start a child that writes to a log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+    return Child(name, process, log)
+
+
+def stop_all(children: Sequence[Child], *, grace_seconds: float) -> None:
+    """SIGTERM to all, then SIGKILL to the groups of those that are still there after the grace, then reap."""
+    for child in children:
+        child.signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while time.monotonic() < deadline and any(child.exit_code() is None for child in children):
+        time.sleep(0.05)
+    for child in children:
+        # Also when the child itself is gone: what it started may not be.
+        child.kill_group()
+        child.process.wait()

@@ -1,0 +1,29 @@
+"""`rljob validate FILE`: would this job run, and what of it is for a cluster only?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+from rljob.loader import load_document
+from rljob_api.errors import SpecError
+from rljob_api.validate import ignored_locally, parse_job
+
+EXIT_VALID = 0
+EXIT_REFUSED = 2
+
+
+def validate(path: Path, out: TextIO) -> int:
+    """Write the verdict on a file: valid, with the fields that `rljob run` ignores, or one line for each violation.
+
+    Returns:
+        The exit code: 0 for a valid file, 2 for a refused one.
+    """
+    try:
+        job = parse_job(load_document(path))
+    except SpecError as error:
+        out.writelines(f"{violation}\n" for violation in error.violations)
+        return EXIT_REFUSED
+    out.write(f"{path}: valid\n")
+    out.writelines(f"  {field} is for a cluster: `rljob run` ignores it\n" for field in ignored_locally(job))
+    return EXIT_VALID

@@ -1,0 +1,108 @@
+"""`rljob run` as a user starts it, on the simulated engine: the protocol end to end, with real NATS, torch and processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running import (
+    children_of,
+    job,
+    processes_naming,
+    run,
+    started,
+    summary,
+    wait_for_steps,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+def verify(run_directory: Path, tokens: int = 500) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rljob.main", "verify", str(run_directory), "--tokens", str(tokens)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_a_job_trains_forty_versions_and_every_claim_about_it_verifies(tmp_path: Path) -> None:
+    code, output = run(tmp_path, job(), "--run-dir", str(tmp_path / "run"))
+    assert code == 0, output
+    assert "SIMULATED" in output
+    seen = summary(tmp_path / "run")
+    assert seen["finished"] is True
+    assert seen["steps"] == seen["versions"] == 40
+    assert seen["exactFraction"] == 1.0
+    assert seen["stalenessMax"] <= 3
+    assert seen["partialsContinued"] > 0
+    assert seen["tokensLostToInterruptions"] == 0
+    assert seen["conservation"]["problems"] == []
+    assert seen["conservation"]["lost"] == 0
+    checked = verify(tmp_path / "run")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "everything holds" in checked.stdout
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "run" / "checkpoints" / "final" / "model.safetensors").exists()
+    assert processes_naming(str(tmp_path)) == []
+
+
+def test_killed_workers_and_a_killed_server_cost_counted_tokens_and_nothing_else(tmp_path: Path) -> None:
+    document = job(training__steps=40, messaging={"trajectoryStreamBytes": 64 << 20})
+    run_directory = tmp_path / "run"
+    with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
+        wait_for_steps(run_directory, 3)
+        killed = [
+            pid for pid in children_of(process.pid) if b"rollout.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(killed) == 2
+        os.kill(killed[0], signal.SIGKILL)
+        wait_for_steps(run_directory, 8)
+        server = [
+            pid for pid in children_of(process.pid) if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(server[0], signal.SIGKILL)
+        code = process.wait(200)
+    output = (tmp_path / "output.txt").read_text()
+    assert code == 0, output
+    assert "starting it again" in output
+    assert "nats-server ended" in output
+    seen = summary(run_directory)
+    assert seen["finished"] is True
+    assert seen["steps"] == 40
+    assert seen["workerRestarts"] == 1
+    assert seen["exactFraction"] == 1.0
+    assert seen["conservation"]["problems"] == []
+    assert verify(run_directory).returncode == 0
+    assert processes_naming(str(tmp_path)) == []
+
+
+def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp_path: Path) -> None:
+    run_directory = tmp_path / "run"
+    document = job(training__steps=24, trainer={"processesPerReplica": 2})
+    with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
+        wait_for_steps(run_directory, 8)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(90)
+    output = (tmp_path / "output.txt").read_text()
+    assert code == 130, output
+    assert f"--resume {run_directory}" in output
+    assert processes_naming(str(tmp_path)) == []
+    stopped = summary(run_directory)
+    assert stopped["finished"] is False
+    assert stopped["conservation"]["problems"] == []
+
+    command = [sys.executable, "-m", "rljob.main", "run", "--resume", str(run_directory), "--plain"]
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    seen = summary(run_directory)
+    assert seen["finished"] is True
+    assert seen["steps"] == 24
+    assert seen["epochs"] == 2
+    assert seen["exactFraction"] == 1.0
+    assert seen["conservation"]["problems"] == []
+    checked = verify(run_directory, 200)
+    assert checked.returncode == 0, checked.stdout
+    assert processes_naming(str(tmp_path)) == []
