@@ -45,7 +45,9 @@ def check_probe(probe: Probe, scored: Sequence[float], engine_compute_type: str)
     rms = math.sqrt(math.fsum(error * error for error in errors) / len(errors))
     exact = probe.compute_type == engine_compute_type == "Float32"
     if exact and max_abs > FLOAT32_MAX_ERROR:
-        reason = f"probe log-probabilities differ by up to {max_abs:.3g} nats, more than {FLOAT32_MAX_ERROR:g} in Float32"
+        reason = (
+            f"probe log-probabilities differ by up to {max_abs:.3g} nats, more than {FLOAT32_MAX_ERROR:g} in Float32"
+        )
     elif not exact and rms > BFLOAT16_RMS_ERROR:
         reason = f"probe log-probabilities differ by {rms:.3g} nats (RMS), more than {BFLOAT16_RMS_ERROR:g} in BFloat16"
     else:

@@ -32,7 +32,7 @@ CPU_MIN_BATCHED_TOKENS = 4096
 LATE_ABORT_SECONDS = 0.005
 MAX_SEED = 1 << 31
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-UNFUSED_QUERY_PARTNER = "kv_a_proj_with_mqa"
+LATENT_PARTNER = "kv_a_proj_with_mqa"
 """Latent attention has a q_proj of its own beside this layer, and fuses nothing."""
 
 
@@ -65,13 +65,14 @@ class VllmEngine:
     def __init__(self, model_directory: Path, settings: VllmSettings) -> None:
         self._directory = model_directory
         self._settings = settings
-        self._llm: Any = None
+        self._started: Any = None
         self._vocabulary = range(0)
         self._numbers = itertools.count()
         self._in_flight: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._is_applying = False
+        self._loading: int | None = None
+        """Version whose update was begun and not finished. Stays set when it failed: the layers are then half loaded."""
 
     async def start(self) -> None:
         """Start with dummy weights; the folder needs config.json and, for others, the tokenizer's files.
@@ -82,7 +83,7 @@ class VllmEngine:
             EngineError: the model or the settings are not usable, or the engine's process ended.
         """
         try:
-            self._llm = await asyncio.to_thread(self._build)
+            self._started = await asyncio.to_thread(self._build)
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
             request = WeightTransferInitRequest(init_info={"repack": self._settings.repack_tied})
@@ -143,22 +144,21 @@ class VllmEngine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        check_weights_file(weights)
+        self._refuse_unless_loaded()
         if self._in_flight:  # vLLM's layers are empty during an update, and a step over them ends the engine
             raise EngineError(f"version {manifest.version} was to be loaded beside {len(self._in_flight)} requests")
-        self._is_applying = True
+        self._loading = manifest.version
         try:
-            await asyncio.to_thread(check_weights_file, weights)
-            try:
-                await self._llm.start_weight_update()
-                await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
-                await self._llm.finish_weight_update(str(manifest.version))
-                cleared = await self._llm.reset_prefix_cache()
-            except BaseException as error:  # also when cancelled: the layers may be half loaded now
-                raise EnginePoisoned(f"loading version {manifest.version} failed part-way: {_text(error)}") from error
-            if not cleared:
-                raise EnginePoisoned(f"the prefix cache was not cleared after version {manifest.version} was loaded")
-        finally:
-            self._is_applying = False
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
+            await self._llm.finish_weight_update(str(manifest.version))
+            cleared = await self._llm.reset_prefix_cache()
+        except Exception as error:  # whatever it was, the layers may be half loaded now
+            raise EnginePoisoned(f"loading version {manifest.version} failed part-way: {_text(error)}") from error
+        if not cleared:
+            raise EnginePoisoned(f"the prefix cache was not cleared after version {manifest.version} was loaded")
+        self._loading = None
 
     async def resume(self) -> None:
         """Schedule again."""
@@ -179,9 +179,19 @@ class VllmEngine:
 
     async def shutdown(self) -> None:
         """Stop the engine and its processes; requests in flight fail. Idempotent."""
-        llm, self._llm = self._llm, None
+        llm, self._started = self._started, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
+
+    @property
+    def _llm(self) -> Any:
+        if self._started is None:
+            raise EngineError("the engine is not running: it was not started, or was shut down")
+        return self._started
+
+    def _refuse_unless_loaded(self) -> None:
+        if self._loading is not None:
+            raise EnginePoisoned(f"version {self._loading} was begun to be loaded and not finished: restart the engine")
 
     def _build(self) -> Any:
         on_gpu = torch.cuda.is_available()
@@ -225,9 +235,10 @@ class VllmEngine:
         """Submit and wait for the one final output. `sampling` makes the parameters, which vLLM checks as it makes them."""
         unknown = [token for token in prompt if token not in self._vocabulary]
         if unknown:  # without a tokenizer vLLM does not look, and the lookup ends the engine with all its requests
-            raise EngineError(f"request {name}: token {unknown[0]} is not among the {len(self._vocabulary)} of the model")
-        if self._is_applying:
-            raise EngineError(f"request {name} came while weights were being loaded")
+            raise EngineError(
+                f"request {name}: token {unknown[0]} is not among the {len(self._vocabulary)} of the model"
+            )
+        self._refuse_unless_loaded()
         request_id = f"{name}-{next(self._numbers)}"
         self._in_flight.add(request_id)
         self._idle.clear()
@@ -270,15 +281,13 @@ def check_weights_file(path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise EngineError(f"weights {path.name} cannot be read: {error}") from error
     for name in sorted(names):
-        *parents, layer, kind = ["", "", *name.split(".")]
-        for partners in FUSED:
-            if layer not in partners:
-                continue
-            siblings = {partner: ".".join([*parents[2:], partner, kind]) for partner in partners}
-            missing = [sibling for sibling in siblings.values() if sibling not in names]
-            latent = layer == "q_proj" and ".".join([*parents[2:], UNFUSED_QUERY_PARTNER, kind]) in names
-            if missing and not latent:
-                raise EngineError(f"weights {path.name} hold {name} without {missing[0]}: vLLM fuses them into one layer")
+        path_of_layer, _, kind = name.rpartition(".")
+        parent, _, layer = path_of_layer.rpartition(".")
+        for partners in (fused for fused in FUSED if layer in fused):
+            missing = [partner for partner in partners if f"{parent}.{partner}.{kind}" not in names]
+            is_latent = layer == "q_proj" and f"{parent}.{LATENT_PARTNER}.{kind}" in names
+            if missing and not is_latent:
+                raise EngineError(f"weights {path.name} hold {name} without {missing[0]}: vLLM fuses them into one")
 
 
 def _quiet() -> dict[str, Any]:
