@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable
+import multiprocessing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,7 +32,8 @@ CPU_KV_CACHE_BYTES = 256 << 20
 CPU_BLOCK_SIZE = 32
 """Tokens. Only whole blocks are reused, and 128, the default on a CPU, is longer than most turns."""
 CPU_MIN_BATCHED_TOKENS = 4096
-LATE_ABORT_SECONDS = 0.005
+LATE_ABORT_SECONDS = 0.1
+KILLED_SECONDS = 5.0
 MAX_SEED = 1 << 31
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 LATENT_PARTNER = "kv_a_proj_with_mqa"
@@ -66,6 +70,8 @@ class VllmEngine:
         self._directory = model_directory
         self._settings = settings
         self._started: Any = None
+        self._sampling: Callable[..., Any]
+        self._processes: tuple[BaseProcess, ...] = ()
         self._vocabulary = range(0)
         self._numbers = itertools.count()
         self._in_flight: set[str] = set()
@@ -86,8 +92,8 @@ class VllmEngine:
             self._started = await asyncio.to_thread(self._build)
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-            request = WeightTransferInitRequest(init_info={"repack": self._settings.repack_tied})
-            await self._llm.init_weight_transfer_engine(request)
+            transfer = WeightTransferInitRequest(init_info={"repack": self._settings.repack_tied})
+            await self._llm.init_weight_transfer_engine(transfer)
             self._vocabulary = range(int(self._llm.model_config.get_vocab_size()))
         except Exception as error:  # vLLM starts processes and reads models: it raises whatever they raise
             await self.shutdown()
@@ -95,19 +101,14 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Run one request to its end, or until `pause` aborts it; stops at `stop_token_ids` only."""
-        from vllm import SamplingParams
-
         output = await self._run(
             request.request_id,
             request.prompt,
-            lambda: SamplingParams(
-                temperature=request.temperature,
-                max_tokens=request.max_tokens,
-                stop_token_ids=list(request.stop_token_ids),
-                ignore_eos=True,
-                logprobs=0,
-                **_quiet(),
-            ),
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            stop_token_ids=list(request.stop_token_ids),
+            ignore_eos=True,
+            logprobs=0,
         )
         (answer,) = output.outputs
         tokens = tuple(int(token) for token in answer.token_ids)
@@ -124,16 +125,16 @@ class VllmEngine:
         )
 
     async def pause(self) -> None:
-        """Abort what is in flight and stop scheduling; returns once every `generate` has its partial."""
-        await self._call("pause", self._llm.pause_generation(mode="abort", clear_cache=True))
+        """Abort what is in flight, clear the caches and stop scheduling; returns once every `generate` has its partial."""
+        # AsyncLLM.pause_generation makes this same call, then sleeps 20 ms so that outputs may arrive: we see them arrive.
+        await self._call("pause", self._llm.engine_core.pause_scheduler_async(mode="abort", clear_cache=True))
         while self._in_flight:
-            # What was still on its way when the engine paused is queued there until the resume: abort it by name.
-            await self._call("abort", self._llm.abort(tuple(self._in_flight)))
             try:
                 async with asyncio.timeout(LATE_ABORT_SECONDS):
                     await self._idle.wait()
             except TimeoutError:
-                continue
+                # What was still on its way when the engine paused is queued there until the resume: abort it by name.
+                await self._call("abort", self._llm.abort(tuple(self._in_flight)))
 
     async def apply(self, manifest: WeightManifest, weights: Path) -> None:
         """Load `weights` as `manifest.version`.
@@ -166,22 +167,23 @@ class VllmEngine:
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         """Log-probabilities of tokens[1:]: vLLM's are raw for prompts, whatever temperature a request has."""
-        from vllm import SamplingParams
-
-        output = await self._run(
-            "score",
-            tokens,
-            lambda: SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, **_quiet()),
-        )
+        output = await self._run("score", tokens, temperature=1.0, max_tokens=1, prompt_logprobs=0)
         if _finish(output.outputs[0].finish_reason) == "aborted":
             raise EngineError("scoring was interrupted by a pause")
         return _logprobs_of(tokens[1:], (output.prompt_logprobs or [None])[1:])
 
     async def shutdown(self) -> None:
-        """Stop the engine and its processes; requests in flight fail. Idempotent."""
+        """Stop the engine and its processes; a request in flight ends as aborted. Idempotent."""
         llm, self._started = self._started, None
-        if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+        if llm is None:
+            return
+        try:
+            await self._call("abort", llm.abort(tuple(self._in_flight)))
+        except EngineError:
+            pass  # it died before, and took its requests with it
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # or it logs the engine's death as an error
+        await asyncio.to_thread(_stop, llm, self._processes)
 
     @property
     def _llm(self) -> Any:
@@ -198,6 +200,7 @@ class VllmEngine:
         prepare_environment(on_gpu=on_gpu)
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from rljob_runtime.rollout.vllm_weights import BACKEND, WeightWorker
@@ -229,10 +232,17 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_MIN_BATCHED_TOKENS, settings.max_model_len),
             }
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        # Made for each request and nowhere kept: vLLM needs no deep copy of it, a fifth of the front end's time.
+        self._sampling = partial(
+            SamplingParams, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True
+        )
+        before = set(multiprocessing.active_children())
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._processes = tuple(process for process in multiprocessing.active_children() if process not in before)
+        return llm
 
-    async def _run(self, name: str, prompt: tuple[int, ...], sampling: Any) -> Any:
-        """Submit and wait for the one final output. `sampling` makes the parameters, which vLLM checks as it makes them."""
+    async def _run(self, name: str, prompt: tuple[int, ...], **sampling: Any) -> Any:
+        """Submit, and wait for the one output at the end."""
         unknown = [token for token in prompt if token not in self._vocabulary]
         if unknown:  # without a tokenizer vLLM does not look, and the lookup ends the engine with all its requests
             raise EngineError(
@@ -249,11 +259,11 @@ class VllmEngine:
             if not self._in_flight:
                 self._idle.set()
 
-    async def _final_output(self, request_id: str, prompt: tuple[int, ...], sampling: Any) -> Any:
+    async def _final_output(self, request_id: str, prompt: tuple[int, ...], sampling: dict[str, Any]) -> Any:
         # Typed "token", the prompt is taken as it is; a bare list would go through the tokenizer's thread.
         tokens = {"type": "token", "prompt_token_ids": list(prompt)}
         last = None
-        async for output in self._llm.generate(tokens, sampling(), request_id):
+        async for output in self._llm.generate(tokens, self._sampling(**sampling), request_id):
             last = output
         if last is None:
             raise EngineError(f"request {request_id} ended without an output")
@@ -290,11 +300,13 @@ def check_weights_file(path: Path) -> None:
                 raise EngineError(f"weights {path.name} hold {name} without {missing[0]}: vLLM fuses them into one")
 
 
-def _quiet() -> dict[str, Any]:
-    """No text, and one output at the end: tokens are all we want."""
-    from vllm.sampling_params import RequestOutputKind
-
-    return {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+def _stop(llm: Any, processes: Sequence[BaseProcess]) -> None:
+    llm.shutdown()
+    for process in processes:  # vLLM kills what has not ended in time, and does not wait for its end
+        process.join(KILLED_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _logprobs_of(tokens: tuple[int, ...], entries: Any) -> tuple[float, ...]:
