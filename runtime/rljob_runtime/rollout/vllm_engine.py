@@ -8,6 +8,7 @@ part, tied output layers (vllm_weights.py), prefix caches that outlive an update
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import multiprocessing
 from collections.abc import Awaitable, Callable, Sequence
@@ -184,6 +185,8 @@ class VllmEngine:
         if llm.output_handler is not None:
             llm.output_handler.cancel()  # or it logs the engine's death as an error
         await asyncio.to_thread(_stop, llm, self._processes)
+        del llm
+        gc.collect()  # AsyncLLM sits in reference cycles, and its finaliser fails when the interpreter's end calls it
 
     @property
     def _llm(self) -> Any:
