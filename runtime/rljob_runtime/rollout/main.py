@@ -45,7 +45,6 @@ async def _run(settings: RuntimeSettings, logger: logging.Logger) -> int:
         credentials=settings.credentials,
         logger=logger,
     )
-    compute_type = engine_compute_type(settings, pool)
     worker = RolloutWorker(
         settings,
         link,
@@ -53,7 +52,7 @@ async def _run(settings: RuntimeSettings, logger: logging.Logger) -> int:
         TrajectoryLog(link),
         blob_store(link, settings.weights_dir),
         lambda directory: make_engine(settings, pool, directory),
-        engine_is_float32=compute_type == "Float32",
+        engine_compute_type=engine_compute_type(settings, pool),
         lease_seconds=LEASE_SECONDS,
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -20,7 +20,7 @@ from rljob_protocol.worker import (
 )
 from rljob_runtime.rollout.engine import InferenceEngine
 from rljob_runtime.rollout.gate import Gate
-from rljob_runtime.rollout.probe import probe_error
+from rljob_runtime.rollout.probe_check import check_probe
 from rljob_runtime.weights.blobs import BlobStore
 from rljob_runtime.weights.fetch import fetch_manifest, fetch_weights
 
@@ -35,13 +35,13 @@ class Swapper:
     """Moves one engine from version to version. The machine sees to it that nothing here runs twice at a time."""
 
     def __init__(
-        self, store: BlobStore, engine: InferenceEngine, gate: Gate, cache_dir: Path, *, engine_is_float32: bool
+        self, store: BlobStore, engine: InferenceEngine, gate: Gate, cache_dir: Path, *, engine_compute_type: str
     ) -> None:
         self._store = store
         self._engine = engine
         self._gate = gate
         self._cache_dir = cache_dir
-        self._engine_is_float32 = engine_is_float32
+        self._engine_compute_type = engine_compute_type
         self._fetched: dict[tuple[int, int], FetchedVersion] = {}
 
     async def fetch(self, published: PublishedVersion) -> Fetched | FetchFailed:
@@ -86,10 +86,9 @@ class Swapper:
             scores = await self._engine.score(probe.tokens)
         except EngineError as error:
             return ProbeFailed(published, str(error))
-        is_float32 = self._engine_is_float32 and probe.compute_type == "Float32"
-        error_found = probe_error(probe, scores, is_float32=is_float32)
-        if error_found is not None:
-            return ProbeFailed(published, error_found)
+        result = check_probe(probe, scores, self._engine_compute_type)
+        if not result.passed:
+            return ProbeFailed(published, result.reason)
         self._forget_all()
         return ProbePassed(published)
 

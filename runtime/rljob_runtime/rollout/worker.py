@@ -88,7 +88,7 @@ class RolloutWorker:
         store: BlobStore,
         make_engine: Callable[[Path], InferenceEngine],
         *,
-        engine_is_float32: bool,
+        engine_compute_type: str,
         lease_seconds: float = 30.0,
     ) -> None:
         self._settings = settings
@@ -99,7 +99,7 @@ class RolloutWorker:
         self._log = log
         self._store = store
         self._make_engine = make_engine
-        self._engine_is_float32 = engine_is_float32
+        self._engine_compute_type = engine_compute_type
         self._lease_seconds = lease_seconds
         self._tally = Tally()
         self._machine: machine.WorkerState = machine.new_state(
@@ -186,7 +186,7 @@ class RolloutWorker:
 
         self._gate = gate = Gate(engine, self._tally, time.monotonic)
         swapper = Swapper(
-            self._store, engine, gate, self._settings.cache_dir, engine_is_float32=self._engine_is_float32
+            self._store, engine, gate, self._settings.cache_dir, engine_compute_type=self._engine_compute_type
         )
         self._threads = EnvironmentThreads(self._pool.max_concurrent_trajectories, spec.environment.timeout_seconds)
         self._samples = SampleRunner(

@@ -67,7 +67,7 @@ class Rig:
             self.log,  # type: ignore[arg-type]
             self.store,
             lambda directory: self.engine,
-            engine_is_float32=True,
+            engine_compute_type="Float32",
             lease_seconds=0.15,
         )
         self.exit: asyncio.Task[int] | None = None
@@ -188,7 +188,7 @@ async def test_a_failed_probe_poisons_the_worker_and_its_leases_go_back(rig: Rig
     rig.order(1)
     assert await rig.ended() == EXIT_RESTART
     assert rig.last.phase is WorkerPhase.POISONED and rig.last.failed_version == 1
-    assert "the engine does not hold version 1: log-probabilities differ by up to 0.5" in rig.last.message
+    assert "the engine does not hold version 1: probe log-probabilities differ by up to 0.5" in rig.last.message
     assert rig.last.counters.swaps_failed == 1 and rig.last.serving_version is None
     assert rig.last.counters.tokens_dropped == {"EngineFailed": 9} and is_conserved(rig.last)
     assert sorted(rig.queue.released) == [(n, 0, 0.0) for n in range(4)]
