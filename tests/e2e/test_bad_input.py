@@ -55,5 +55,5 @@ def test_a_run_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     code, output = run(tmp_path, job(), "--run-dir", str(tmp_path / "run"))
-    assert code == 1
+    assert code == 2
     assert "holds a run already" in output
