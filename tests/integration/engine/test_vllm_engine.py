@@ -25,14 +25,7 @@ from rljob_runtime.rollout.probe_check import check_probe
 from rljob_runtime.rollout.vllm_engine import VllmEngine, VllmSettings
 from rljob_runtime.weights.encode import encode_version
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(300),
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.filterwarnings(
-        "ignore:unclosed context:ResourceWarning"
-    ),  # vLLM leaves its zmq context to the collector
-]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 VOCAB = 512
 TOLERANCE = 1e-4
