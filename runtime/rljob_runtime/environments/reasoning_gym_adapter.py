@@ -1,7 +1,7 @@
 """`reasoning-gym`: one question of a reasoning-gym dataset an episode, scored by the dataset's own verifier.
 
 The seed alone gives the item. What the model wrote can make a verifier raise (several call `int()` on free text): that
-is the model's doing and scores 0. A wrong dataset or configuration is found at validation (`check`), never in an episode.
+is the model's doing and scores 0. A wrong dataset or configuration is found at validation (`check`), not in an episode.
 """
 
 from __future__ import annotations
