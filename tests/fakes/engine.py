@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 from rljob_api.errors import EngineError
+from rljob_api.weights import WeightManifest
 from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
 
 
@@ -98,3 +100,44 @@ class DeadEngine(ScriptedEngine):
 
     async def generate(self, request: GenerationRequest) -> Generation:
         raise EngineError("the engine process died")
+
+
+class FakeEngine(ScriptedEngine):
+    """The whole Protocol: loads a "version" from a file that holds its number, and scores a probe accordingly."""
+
+    def __init__(self, script: Callable[[int], int]) -> None:
+        super().__init__(script, version=-1)
+        self.token_seconds = 0.0
+        self.scores_wrong = False
+        self.die = False
+
+    async def start(self) -> None:
+        self.events.append("start")
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        if self.die:
+            raise EngineError("the engine process died")
+        if self.token_seconds:
+            await asyncio.sleep(self.token_seconds)
+        return await super().generate(request)
+
+    async def apply(self, manifest: WeightManifest, weights: Path) -> None:
+        if not self._pause.is_set():
+            raise EngineError("apply outside pause and resume")
+        if int(weights.read_text()) != manifest.version:  # noqa: ASYNC240
+            raise EngineError("the file holds another version")
+        self.load(manifest.version)
+
+    async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
+        self.events.append("score")
+        if self.in_flight or self._pause.is_set():
+            raise EngineError("score while paused or with requests in flight")
+        return probe_logprobs(self.version + self.scores_wrong, len(tokens) - 1)
+
+    async def shutdown(self) -> None:
+        self.events.append("shutdown")
+
+
+def probe_logprobs(version: int, count: int) -> tuple[float, ...]:
+    """What the fake says of a probe under a version."""
+    return tuple(-0.5 * (version + 1) - i for i in range(count))

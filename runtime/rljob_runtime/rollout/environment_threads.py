@@ -77,7 +77,8 @@ class EnvironmentThreads:
                     "environment that never returns"
                 )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._slots.acquire(), self._timeout_seconds)
+                async with asyncio.timeout(self._timeout_seconds):
+                    await self._slots.acquire()
                 return
 
     def _returned(self, future: asyncio.Future[Any]) -> None:

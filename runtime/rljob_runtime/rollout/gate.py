@@ -147,7 +147,8 @@ class Gate:
                 while True:
                     await self._engine.pause()
                     try:
-                        await asyncio.wait_for(self._idle.wait(), PAUSE_AGAIN_SECONDS)
+                        async with asyncio.timeout(PAUSE_AGAIN_SECONDS):
+                            await self._idle.wait()
                     except TimeoutError:
                         continue
                     return

@@ -16,7 +16,6 @@ class Reason(StrEnum):
 
     ENVIRONMENT_FAILED = "EnvironmentFailed"  # the environment raised or timed out; the sample is tried again
     MALFORMED = "Malformed"  # the trajectory broke an invariant of its format; the sample is tried again
-    LEASE_LOST = "LeaseLost"  # the lease ran out and the sample was given to another worker
     DRAINED = "Drained"  # the worker was told to stop
     ENGINE_FAILED = "EngineFailed"  # the engine died or was poisoned
 

@@ -1,0 +1,416 @@
+"""The shell of a rollout worker: the worker's machine, the engine behind its gate, and the episodes in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+
+from rljob_api.errors import EngineError, ProtocolError, RljobError, SpecError, StorageError
+from rljob_api.messages import CoordinatorHeartbeat, DesiredVersion, PublishedVersion, WorkerPhase, WorkerState
+from rljob_api.names import KEY_COORDINATOR, KEY_DESIRED, KEY_PUBLISHED, worker_key
+from rljob_api.spec import RLJobSpec
+from rljob_protocol import worker as machine
+from rljob_protocol.link import Link
+from rljob_protocol.streams import TaskQueue, TrajectoryLog
+from rljob_protocol.worker import (
+    Apply,
+    CoordinatorBeat,
+    DesiredSeen,
+    DrainRequested,
+    Event,
+    Fetch,
+    OpenGate,
+    Poison,
+    Probe,
+    PublishedSeen,
+    Report,
+    ShutGate,
+    Tick,
+    Worker,
+    WorkerSettings,
+)
+from rljob_runtime.environments.factory import check_environment, make_environment
+from rljob_runtime.logs import fields
+from rljob_runtime.rollout.engine import InferenceEngine
+from rljob_runtime.rollout.environment_threads import EnvironmentThreads
+from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings
+from rljob_runtime.rollout.gate import Gate
+from rljob_runtime.rollout.rendering import Renderer
+from rljob_runtime.rollout.samples import SampleRunner
+from rljob_runtime.rollout.swapper import Swapper
+from rljob_runtime.rollout.tally import Tally
+from rljob_runtime.settings import RuntimeSettings
+from rljob_runtime.weights.blobs import BlobStore
+from rljob_runtime.weights.fetch import fetch_manifest, fetch_model_files
+
+EXIT_STOPPED = 0
+EXIT_RESTART = 70
+"""The engine cannot be trusted or the worker broke: the host starts a new incarnation."""
+EXIT_CONFIGURATION = 78
+"""The job is wrong for this worker: another incarnation would end the same way."""
+TICK_SECONDS = 0.25
+BEAT_SECONDS = 1.0
+RATE_WINDOW_SECONDS = 10.0
+FIRST_VERSION_SECONDS = 0.5
+DRAIN_SHUT_SECONDS = 10.0
+DRAIN_GRACE_SECONDS = 5.0
+LAST_REPORT_SECONDS = 5.0
+SHUTDOWN_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Why the worker stops."""
+
+    code: int
+    reason: str
+
+
+class RolloutWorker:
+    """One incarnation of one worker, from its start to its exit code.
+
+    Produces: trajectories; its own state, once a second and at every transition.
+    Consumes: tasks; the keys `desired` and `published`; the coordinator's heartbeat; weight blobs.
+    Waits for: the first published version; then whatever its machine, its gate and its samples wait for.
+    Unblocked by: the trainer, the coordinator, hints and timers; ended by `request_drain` or a poisoned engine.
+    """
+
+    def __init__(
+        self,
+        settings: RuntimeSettings,
+        link: Link,
+        queue: TaskQueue,
+        log: TrajectoryLog,
+        store: BlobStore,
+        make_engine: Callable[[Path], InferenceEngine],
+        *,
+        engine_is_float32: bool,
+        lease_seconds: float = 30.0,
+    ) -> None:
+        self._settings = settings
+        self._spec: RLJobSpec = settings.job.spec
+        self._pool = settings.rollout_pool()
+        self._link = link
+        self._queue = queue
+        self._log = log
+        self._store = store
+        self._make_engine = make_engine
+        self._engine_is_float32 = engine_is_float32
+        self._lease_seconds = lease_seconds
+        self._tally = Tally()
+        self._machine: Worker = machine.new_worker(
+            WorkerSettings(coordinator_timeout_seconds=self._spec.weight_sync.coordinator_timeout_seconds),
+            time.monotonic(),
+        )
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._report_now = asyncio.Event()
+        self._drain = asyncio.Event()
+        self._end: asyncio.Future[_End] | None = None
+        self._engine: InferenceEngine | None = None
+        self._gate: Gate | None = None
+        self._samples: SampleRunner | None = None
+        self._threads: EnvironmentThreads | None = None
+        self._rates: deque[tuple[float, int]] = deque()
+        self._serving_since: float | None = None
+        self._revision = 0
+        self._message = "waiting for the first published version"
+        self._logger = logging.getLogger(__name__)
+
+    def request_drain(self) -> None:
+        """Stop cleanly: what SIGTERM asks for. Safe to call from a signal handler of the loop, and more than once."""
+        self._drain.set()
+
+    async def run(self) -> int:
+        """Work until drained or poisoned; the process's exit code. The last state is written before it returns."""
+        try:
+            end = await self._run_until_ended()
+            await self._report_end(end)
+            return end.code
+        finally:
+            if self._threads is not None:
+                self._threads.close()
+            await self._shut_engine_down()
+
+    async def _run_until_ended(self) -> _End:
+        self._end = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.TaskGroup() as group:
+                work = group.create_task(self._work())
+                end = await self._end
+                work.cancel()
+                return end
+        except* SpecError as errors:
+            end = _End(EXIT_CONFIGURATION, "; ".join(str(error) for error in _leaves(errors)))
+        except* RljobError as errors:
+            end = _End(EXIT_RESTART, "; ".join(str(error) for error in _leaves(errors)))
+        return end
+
+    async def _report_end(self, end: _End) -> None:
+        phase = WorkerPhase.STOPPED if end.code == EXIT_STOPPED else WorkerPhase.POISONED
+        self._logger.log(
+            logging.INFO if end.code == EXIT_STOPPED else logging.ERROR,
+            "stopped",
+            extra=fields(exit_code=end.code, reason=end.reason, tokens_generated=self._tally.tokens_generated),
+        )
+        try:
+            async with asyncio.timeout(LAST_REPORT_SECONDS):
+                state = self._state().model_copy(update={"phase": phase, "message": end.reason})
+                await self._link.beat(worker_key(self._settings.worker), state)
+        except (ProtocolError, TimeoutError) as error:
+            self._logger.warning("the last state could not be written", extra=fields(error=str(error)))
+
+    # -------------------------------------------------------------------------------------------------- start-up
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._report_loop())
+            group.create_task(self._drain_loop())
+            await self._start(group)
+
+    async def _start(self, group: asyncio.TaskGroup) -> None:
+        spec = self._spec
+        violations = await asyncio.to_thread(check_environment, spec.environment.name, spec.environment.parameters)
+        if violations:
+            raise SpecError(violations)
+        model_dir = await self._fetch_model_files()
+        renderer = Renderer(model_dir)
+        self._message = "starting the engine"
+        self._engine = engine = self._make_engine(model_dir)
+        await engine.start()
+        self._logger.info("engine started", extra=fields(model_directory=str(model_dir)))
+        self._message = "loading the first version"
+
+        self._gate = gate = Gate(engine, self._tally, time.monotonic)
+        swapper = Swapper(
+            self._store, engine, gate, self._settings.cache_dir, engine_is_float32=self._engine_is_float32
+        )
+        self._threads = EnvironmentThreads(self._pool.max_concurrent_trajectories, spec.environment.timeout_seconds)
+        self._samples = SampleRunner(
+            self._queue,
+            self._log,
+            EpisodeParts(
+                lambda seed: make_environment(spec.environment.name, spec.environment.parameters, seed),
+                renderer,
+                gate,
+                self._threads,
+                time.time,
+            ),
+            EpisodeSettings(
+                spec.sampling.temperature,
+                spec.sampling.max_tokens,
+                spec.sampling.max_trajectory_tokens,
+                self._settings.worker,
+                self._settings.incarnation,
+            ),
+            self._tally,
+            self._serving_version,
+            max_concurrent=self._pool.max_concurrent_trajectories,
+            max_attempts=spec.environment.max_attempts,
+            extend_seconds=self._lease_seconds / 3,
+        )
+        group.create_task(self._drive(swapper, group))
+        group.create_task(self._follow_desired())
+        group.create_task(self._follow_published())
+        group.create_task(self._watch_coordinator())
+        group.create_task(self._tick())
+        group.create_task(self._samples.run())
+
+    async def _fetch_model_files(self) -> Path:
+        """Config and tokenizer of the newest published version, as soon as there is one.
+
+        Waits for: the trainer's first version, and a store that has it. Unblocked by: a timer that looks again.
+        """
+        directory = self._settings.cache_dir / "model"
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                seen = await self._link.read(KEY_PUBLISHED, PublishedVersion)
+                if seen is not None:
+                    manifest = await fetch_manifest(self._store, seen.value.manifest, self._settings.cache_dir)
+                    await fetch_model_files(self._store, manifest, directory)
+                    return directory
+            except (StorageError, ProtocolError) as error:
+                self._logger.warning("the model files could not be fetched", extra=fields(error=str(error)))
+            await asyncio.sleep(FIRST_VERSION_SECONDS)
+
+    def _serving_version(self) -> int | None:
+        serving = self._machine.serving
+        return None if serving is None else serving.version
+
+    # --------------------------------------------------------------------------------- the machine and its effects
+
+    async def _drive(self, swapper: Swapper, group: asyncio.TaskGroup) -> None:
+        """Feed the machine, one event at a time, and start what it orders.
+
+        Produces: effects.
+        Consumes: events.
+        Waits for: the next event.
+        Unblocked by: followers of keys, ticks, the results of effects.
+        """
+        while True:
+            event = await self._events.get()
+            self._machine, effects = machine.step(self._machine, event, time.monotonic())
+            for effect in effects:
+                match effect:
+                    case Fetch(published):
+                        self._answer(group, swapper.fetch(published))
+                    case ShutGate():
+                        self._answer(group, swapper.shut(self._machine.settings.gate_deadline_seconds * 0.9))
+                    case Apply(published):
+                        self._answer(group, swapper.apply(published))
+                    case Probe(published):
+                        self._answer(group, swapper.probe(published))
+                    case OpenGate():
+                        self._opened()
+                    case Poison(reason):
+                        self._stop(EXIT_RESTART, reason)
+                    case Report():
+                        self._report_now.set()
+
+    def _answer(self, group: asyncio.TaskGroup, effect: Coroutine[object, object, Event]) -> None:
+        async def run() -> None:
+            self._events.put_nowait(await effect)
+
+        group.create_task(run())
+
+    def _opened(self) -> None:
+        assert self._gate is not None
+        assert self._samples is not None
+        self._gate.open()
+        if self._serving_since is None:
+            self._serving_since = time.monotonic()
+        self._message = ""
+        self._samples.version_changed()
+        pauses = self._gate.pause_seconds
+        self._logger.info(
+            "version served",
+            extra=fields(
+                weight_version=self._serving_version(),
+                tokens_in_flight=self._gate.tokens_in_flight,
+                pause_seconds=round(pauses[-1], 4) if pauses else None,
+            ),
+        )
+
+    async def _follow_desired(self) -> None:
+        hint = self._settings.job_names.desired_hint
+        async for seen in self._link.follow(KEY_DESIRED, DesiredVersion, hint_subject=hint):
+            self._events.put_nowait(DesiredSeen(seen.value))
+
+    async def _follow_published(self) -> None:
+        hint = self._settings.job_names.published_hint
+        async for seen in self._link.follow(KEY_PUBLISHED, PublishedVersion, hint_subject=hint):
+            self._events.put_nowait(PublishedSeen(seen.value))
+
+    async def _watch_coordinator(self) -> None:
+        interval = min(BEAT_SECONDS, self._machine.settings.coordinator_timeout_seconds / 4)
+        while True:
+            try:
+                beat = await self._link.read_live(KEY_COORDINATOR, CoordinatorHeartbeat)
+            except ProtocolError as error:  # an outage: the machine's own timer decides what follows from it
+                self._logger.warning("the coordinator's heartbeat could not be read", extra=fields(error=str(error)))
+            else:
+                if beat is not None:
+                    self._events.put_nowait(CoordinatorBeat(beat))
+            await asyncio.sleep(interval)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._events.put_nowait(Tick())
+
+    # --------------------------------------------------------------------------------------------------- the end
+
+    async def _drain_loop(self) -> None:
+        """Produces: the end of the process. Consumes: a drain request. Waits for: that. Unblocked by: SIGTERM."""
+        await self._drain.wait()
+        self._logger.info("draining", extra=fields(episodes=self._samples.running if self._samples else 0))
+        self._events.put_nowait(DrainRequested())
+        if self._samples is not None and self._gate is not None:
+            if not self._machine.is_swapping:  # else the gate is shut already, and the engine busy with the swap
+                try:
+                    await self._gate.shut(DRAIN_SHUT_SECONDS)
+                except (ProtocolError, EngineError) as error:
+                    self._logger.warning("the engine did not pause for the drain", extra=fields(error=str(error)))
+            await self._samples.stop_claiming(DRAIN_GRACE_SECONDS)
+        self._stop(EXIT_STOPPED, "drained")
+
+    def _stop(self, code: int, reason: str) -> None:
+        assert self._end is not None
+        if code == EXIT_RESTART and self._samples is not None:
+            self._samples.engine_failed()
+        if not self._end.done():
+            self._end.set_result(_End(code, reason))
+
+    async def _shut_engine_down(self) -> None:
+        if self._engine is None:
+            return
+        try:
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
+                await self._engine.shutdown()
+        except (EngineError, TimeoutError) as error:
+            self._logger.warning("the engine did not shut down", extra=fields(error=str(error)))
+
+    # ---------------------------------------------------------------------------------------------------- reports
+
+    async def _report_loop(self) -> None:
+        """Produces: the worker's state. Consumes: counters. Waits for: a second. Unblocked by: a transition, too."""
+        while True:
+            self._report_now.clear()
+            try:
+                await self._link.beat(worker_key(self._settings.worker), self._state())
+            except ProtocolError as error:  # an outage; the next report carries all that happened meanwhile
+                self._logger.warning("the state could not be written", extra=fields(error=str(error)))
+            try:
+                async with asyncio.timeout(BEAT_SECONDS):  # wait_for of Python 3.11 can swallow a cancellation
+                    await self._report_now.wait()
+            except TimeoutError:
+                continue
+
+    def _state(self) -> WorkerState:
+        now = time.monotonic()
+        worker, gate, samples = self._machine, self._gate, self._samples
+        self._tally.swaps_failed = worker.swaps_failed
+        self._revision += 1
+        self._rates.append((now, self._tally.tokens_generated))
+        while now - self._rates[0][0] > RATE_WINDOW_SECONDS and len(self._rates) > 2:
+            self._rates.popleft()
+        (then, before), (_, after) = self._rates[0], self._rates[-1]
+        serving = worker.serving
+        problems = (worker.last_error, samples.last_error if samples else "", self._message)
+        return WorkerState(
+            worker=self._settings.worker,
+            pool=self._settings.pool,
+            incarnation=self._settings.incarnation,
+            revision=self._revision,
+            phase=worker.phase,
+            epoch=serving.epoch if serving else 0,
+            serving_version=serving.version if serving else None,
+            failed_version=worker.failed_version,
+            order=worker.order if serving else None,
+            degraded=worker.is_degraded,
+            in_flight=samples.running if samples else 0,
+            counters=self._tally.counters(gate.tokens_in_flight if gate else 0),
+            tokens_per_second=(after - before) / (now - then) if now > then else 0.0,
+            idle_share=self._idle_share(now),
+            pause_seconds=gate.pause_seconds if gate else (),
+            message=next((problem for problem in problems if problem), ""),
+        )
+
+    def _idle_share(self, now: float) -> float:
+        """Share of the time since the first version was served in which no request was in the engine."""
+        if self._gate is None or self._serving_since is None or now <= self._serving_since:
+            return 0.0
+        return min(1.0, max(0.0, 1.0 - self._gate.busy_seconds / (now - self._serving_since)))
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions of a group, groups in it opened."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
