@@ -33,6 +33,7 @@ class ScriptedEngine:
         self.held = asyncio.Event()
         self.abort_next = 0
         self.deaf_pauses = 0
+        self.token_seconds = 0.0
         self._stops: list[int] = []
         self._pause = asyncio.Event()
 
@@ -69,7 +70,7 @@ class ScriptedEngine:
                     return result("stop")
                 if len(tokens) == request.max_tokens:
                     return result("length")
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.token_seconds)
         finally:
             self.in_flight -= 1
 
@@ -107,7 +108,6 @@ class FakeEngine(ScriptedEngine):
 
     def __init__(self, script: Callable[[int], int]) -> None:
         super().__init__(script, version=-1)
-        self.token_seconds = 0.0
         self.scores_wrong = False
         self.die = False
 
@@ -117,8 +117,6 @@ class FakeEngine(ScriptedEngine):
     async def generate(self, request: GenerationRequest) -> Generation:
         if self.die:
             raise EngineError("the engine process died")
-        if self.token_seconds:
-            await asyncio.sleep(self.token_seconds)
         return await super().generate(request)
 
     async def apply(self, manifest: WeightManifest, weights: Path) -> None:

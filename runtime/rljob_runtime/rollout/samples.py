@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from rljob_api.errors import EngineError, EnvironmentFailure, MalformedMessage, ProtocolError
+from rljob_api.errors import EngineError, EnvironmentFailure, MalformedMessage, ProtocolError, RljobError
 from rljob_api.messages import Task
 from rljob_protocol.streams import ClaimedTask, TaskQueue, TrajectoryLog
 from rljob_runtime.logs import fields
@@ -121,7 +121,7 @@ class SampleRunner:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._delivering.discard(task)
         if not task.cancelled() and task.exception() is None:
-            del self._leases[task]  # else it is given back with the others, at the end
+            self._leases.pop(task, None)  # else it is given back with the others, at the end
         self._notify()
 
     async def _work(self, lease: ClaimedTask) -> None:
@@ -152,6 +152,9 @@ class SampleRunner:
             except EngineError:
                 self._tally.drop(Reason.ENGINE_FAILED, partial.num_model_tokens)
                 self.engine_failed()  # the other episodes are about to be cancelled for the same reason
+                raise
+            except RljobError:  # every environment thread hangs
+                self._tally.drop(Reason.ENVIRONMENT_FAILED, partial.num_model_tokens)
                 raise
             else:
                 self._tally.tokens_delivered += trajectory.num_model_tokens

@@ -178,7 +178,7 @@ class RolloutWorker:
         if violations:
             raise SpecError(violations)
         model_dir = await self._fetch_model_files()
-        renderer = Renderer(model_dir)
+        renderer = await asyncio.to_thread(Renderer, model_dir)  # importing its library takes seconds
         self._message = "starting the engine"
         self._engine = engine = self._make_engine(model_dir)
         await engine.start()

@@ -90,7 +90,7 @@ class Rig:
 
     async def ended(self) -> int:
         assert self.exit is not None
-        return await asyncio.wait_for(asyncio.shield(self.exit), 10)
+        return await asyncio.wait_for(asyncio.shield(self.exit), 30)
 
     @property
     def state(self) -> WorkerState:
@@ -102,7 +102,7 @@ class Rig:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - polls several parties that have no event in common
             await asyncio.sleep(0.005)
 
