@@ -2,6 +2,7 @@
 
 RljobError
 ├── SpecError              the RLJob file or object is not usable; carries every violation
+├── BadInput               an argument of a command names nothing that the command can work on
 ├── ProtocolError
 │   ├── MalformedMessage   bytes on a stream, in a key or in a file are not what their schema says
 │   ├── Fenced             a newer epoch, term or revision exists; the writer must stop
@@ -53,6 +54,10 @@ class SpecError(RljobError):
     def __init__(self, violations: tuple[Violation, ...]) -> None:
         self.violations = violations
         super().__init__("\n".join(str(v) for v in violations))
+
+
+class BadInput(RljobError):
+    """An argument of a command names nothing that the command can work on."""
 
 
 class ProtocolError(RljobError):

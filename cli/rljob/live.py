@@ -47,11 +47,11 @@ def render(view: LiveView) -> RenderableType:
     """The panel."""
     if not view.steps:
         waiting = view.message or "starting: the trainer makes version 0 and the engines load it (about half a minute)"
-        return Panel(Group(Text(waiting), _workers(view)), title=view.name, title_align="left")
+        return Panel(Group(Text(waiting), _workers(view)), title=Text(view.name), title_align="left")
     last = view.steps[-1]
     return Panel(
         Group(_progress(view, last), Text(), _staleness(last), Text(), _workers(view)),
-        title=view.name,
+        title=Text(view.name),
         title_align="left",
     )
 
@@ -116,7 +116,7 @@ def _workers(view: LiveView) -> Table:
         table.add_column(column, justify="left" if column in ("worker", "phase") else "right")
     for worker in view.coordination.workers:
         table.add_row(
-            worker.worker,
+            Text(worker.worker),
             worker.phase.value,
             "-" if worker.serving_version is None else str(worker.serving_version),
             str(worker.in_flight),

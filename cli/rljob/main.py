@@ -1,6 +1,8 @@
 """The command `rljob`.
 
 Exit codes: 0 done, 1 the run or the check failed, 2 bad input, 130 interrupted.
+
+Imports are light: each sub-command brings its own, so that `rljob --help` and `rljob validate` answer at once.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from rljob_api.errors import RljobError, SpecError
+from rljob_api.errors import BadInput, RljobError, SpecError
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,22 +23,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.action(options))
-    except SpecError as error:
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except RljobError as error:
+        if options.debug:
+            raise
+        return _explain(error)
+
+
+def _explain(error: RljobError) -> int:
+    """Say what is wrong, on standard error, and return the exit code that goes with it."""
+    if isinstance(error, SpecError):
         print(f"rljob: the RLJob is refused, {len(error.violations)} problem(s):", file=sys.stderr)
         for violation in error.violations:
             print(f"  {violation}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except RljobError as error:
-        print(f"rljob: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    print(f"rljob: error: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rljob",
         description="Asynchronous reinforcement learning of language models with exact old log-probabilities.",
+        epilog="exit codes: 0 done, 1 the run or the check failed, 2 bad input, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"rljob {version('rljob')}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run an RLJob on this machine")
@@ -50,22 +63,33 @@ def _parser() -> argparse.ArgumentParser:
         default=1 << 30,
         help="bound of the record for `rljob verify`; 0 keeps none (default: 1 GiB)",
     )
+    run.add_argument(
+        "--no-record", dest="record_bytes", action="store_const", const=0, help="keep no record: as --record-bytes 0"
+    )
+    run.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a field of the file, as in spec.training.steps=40; VALUE is JSON, else text (may be repeated)",
+    )
     run.add_argument("--plain", action="store_true", help="one line a step, also on a terminal")
     run.set_defaults(action=_run)
 
     validate = commands.add_parser("validate", help="say whether an RLJob is valid, and every reason why not")
-    validate.add_argument("file", type=Path)
+    validate.add_argument("file", type=Path, help="the RLJob (YAML or JSON)")
     validate.set_defaults(action=_validate)
 
     verify = commands.add_parser(
         "verify", help="re-score a run's record independently and check that no token is missing"
     )
-    verify.add_argument("run", type=Path, metavar="RUN")
+    verify.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     verify.add_argument("--tokens", type=int, default=2000, help="tokens to re-score at least (default: 2000)")
     verify.set_defaults(action=_verify)
 
     report = commands.add_parser("report", help="write the HTML report of one or more runs, side by side")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument("--output", type=Path, help="file to write (default: report.html in the first run)")
     report.set_defaults(action=_report)
 
@@ -76,16 +100,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from rljob.loader import load_document
+    from rljob.overrides import with_settings
     from rljob.run import RunOptions, new_run, resume_run
     from rljob_api.validate import parse_job
 
     settings = RunOptions(nats_port=options.nats_port, record_bytes=options.record_bytes, plain=options.plain)
+    if (options.file is None) == (options.resume is None):
+        raise BadInput("give either a FILE or --resume RUN")
     if options.resume is not None:
+        if options.settings or options.run_dir is not None:
+            raise BadInput(
+                "--resume goes on with the run's own settings in its own folder: leave out --set and --run-dir"
+            )
         return resume_run(options.resume, settings, sys.stdout)
-    if options.file is None:
-        print("rljob run: give a FILE, or --resume RUN", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return new_run(parse_job(load_document(options.file)), options.run_dir, settings, sys.stdout)
+    document = with_settings(load_document(options.file), options.settings)
+    return new_run(parse_job(document), options.run_dir, settings, sys.stdout)
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Child processes of a run: each in a session of its own, with a log file, and none left behind.
 
-A child dies with this process even when this process is killed (PR_SET_PDEATHSIG), and what a child starts dies with its
-process group.
+A child is told to end when this process is killed (PR_SET_PDEATHSIG). What a child starts dies with its process group, or,
+where it has a session of its own as torchrun's ranks have, is found by the job's uid in its environment.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rljob_protocol.children import die_with_parent
+
+REAP_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -68,14 +70,49 @@ def start(name: str, command: Sequence[str], environment: Mapping[str, str], log
     return Child(name, process, log)
 
 
-def stop_all(children: Sequence[Child], *, grace_seconds: float) -> None:
-    """SIGTERM to all, then SIGKILL to the groups of those that are still there after the grace, then reap."""
+def stop_all(
+    children: Sequence[Child], *, grace_seconds: float, in_a_hurry: Callable[[], bool] = lambda: False
+) -> None:
+    """SIGTERM to all, then SIGKILL to the groups of those that are still there after the grace, then reap.
+
+    `in_a_hurry` is asked all the while; the grace ends when it says so.
+    """
     for child in children:
         child.signal(signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
-    while time.monotonic() < deadline and any(child.exit_code() is None for child in children):
+    while time.monotonic() < deadline and not in_a_hurry() and any(child.exit_code() is None for child in children):
         time.sleep(0.05)
     for child in children:
         # Also when the child itself is gone: what it started may not be.
         child.kill_group()
         child.process.wait()
+
+
+def kill_marked(variable: str, value: str) -> list[int]:
+    """SIGKILL every process that was started with `variable=value` in its environment, except this one; their ids.
+
+    Returns when they are gone, at the latest after REAP_SECONDS.
+    """
+    killed = marked(variable, value)
+    for pid in killed:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + REAP_SECONDS
+    while marked(variable, value) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return killed
+
+
+def marked(variable: str, value: str) -> list[int]:
+    """Live processes that were started with `variable=value` in their environment, except this one."""
+    wanted = f"{variable}={value}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue  # gone, or another user's
+    return found

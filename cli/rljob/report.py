@@ -1,298 +1,295 @@
-"""The HTML report of one or more runs: one self-contained file, plots as inline SVG, runs side by side."""
+"""`rljob report RUN...`: one HTML page about a run, or about several side by side. It refers to nothing outside itself.
+
+Made from steps.jsonl, workers.jsonl, run.json and, where the run has ended, summary.json.
+"""
 
 from __future__ import annotations
 
 import html
-import io
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rljob.run_directory import RunDirectory
-from rljob.summary import Summary
+from pydantic import ValidationError
+
+from rljob import plots
+from rljob.plots import PlottedRun
+from rljob.run_directory import RunDirectory, RunInfo
+from rljob.summary import Summary, summarise
 from rljob_api.errors import RljobError
 from rljob_api.messages import StepReport, WorkerState
 
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#9333ea", "#ea580c", "#0891b2", "#be185d", "#4d7c0f")
+MAX_WORKER_ROWS = 200
+LEAK_FACTOR = 1.5
+"""Growth of RMS log r_d from the freshest to the stalest tokens that is still called flat."""
+
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
-p.note { color: #6b7280; margin: .2rem 0 .6rem; }
-table { border-collapse: collapse; margin: .5rem 0; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e7eb; }
-th { text-align: left; font-weight: 600; } td { text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child { text-align: left; } .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(500px, 1fr)); gap: 1rem; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; } .bad { color: #b91c1c; font-weight: 600; }
+:root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: #fff; color: var(--ink);
+  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; }
+h1 { font-size: 22px; margin: 0; } h2 { font-size: 16px; margin: 40px 0 12px; }
+p.sub, figcaption, .note { color: var(--soft); margin: 4px 0 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 20px; align-items: start; }
+figure { margin: 0; padding: 14px 16px; border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
+figure h3 { font-size: 14px; margin: 0 0 2px; } figcaption { font-size: 12.5px; margin-bottom: 8px; }
+figure svg { display: block; width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; min-width: 220px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 20px; }
+.tile { border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; }
+.tile b { display: block; font-size: 20px; } .tile span { color: var(--soft); font-size: 12.5px; }
+.good { color: #047857; } .bad { color: #b91c1c; font-weight: 600; }
+.swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+@media (max-width: 600px) { .grid { grid-template-columns: minmax(0, 1fr); } }
 """
+
+PLOTS: tuple[tuple[str, str, Callable[[Sequence[PlottedRun]], str]], ...] = (
+    ("Reward", "Mean reward of each step's batch; dotted: a constant answer on the same tasks.", plots.reward),
+    (
+        "Staleness",
+        "Versions between the one that sampled a token and the one that the step began with.",
+        plots.staleness,
+    ),
+    (
+        "Mask and clip",
+        "Shares of the loss tokens: inside the discrepancy mask, stopped by the clip, and carrying gradient.",
+        plots.fractions,
+    ),
+    (
+        "Discrepancy by staleness",
+        "r_d compares trainer and engine at the token's own version. Flat: clean. Rising: staleness leaks into it.",
+        plots.discrepancy_by_staleness,
+    ),
+    ("Discrepancy over steps", "The same for each step.", plots.discrepancy_over_steps),
+    ("Tokens", "Model tokens trained, and dropped by the trainer with the reason.", plots.tokens),
+    ("Optimisation", "How sure the policy is, and how large its updates are.", plots.optimisation),
+    (
+        "Time",
+        "Where each step's wall time went; waiting is the trainer's idle time. The longest steps (start-up) are cut off.",
+        plots.time_breakdown,
+    ),
+    (
+        "Pauses",
+        "How long a worker's gate was shut to change version (the last 64 changes of each worker).",
+        plots.pauses,
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What the report reads of a run."""
+class ReportedRun:
+    """What is known of one run."""
 
     label: str
-    steps: Sequence[StepReport]
-    workers: Sequence[WorkerState]
-    summary: Summary | None
+    info: RunInfo
+    steps: tuple[StepReport, ...]
+    workers: tuple[WorkerState, ...]
+    summary: Summary
 
 
 def write_report(directories: Sequence[RunDirectory], output: Path) -> None:
-    """Write the report.
+    """Write the page, all of it or nothing.
 
     Raises:
-        RljobError: a run has no step to report.
+        RljobError: a folder is no run, has no trained step yet, or the page cannot be written.
     """
-    runs = [_load(directory) for directory in directories]
-    output.write_text(page(runs))
+    page = render([_read(directory) for directory in directories])
+    temporary = output.with_name(f".{output.name}.partial")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, output)
+    except OSError as error:
+        raise RljobError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The report as HTML."""
-    title = " · ".join(run.label for run in runs)
-    plots = [
-        ("Reward", "Mean reward of each step's trajectories; dashed: a constant answer.", _reward),
-        ("Staleness of the trained tokens", "Mean and largest, in versions.", _staleness),
-        ("Staleness distribution", "Share of the tokens per staleness, of the first run.", _staleness_shares),
-        ("Mask and clip", "Shares of the tokens in the loss.", _mask),
-        (
-            "Discrepancy by staleness",
-            "RMS of log r_d over the whole run. Flat is clean; rising means that staleness leaks into the discrepancy mask.",
-            _discrepancy,
-        ),
-        ("Largest |log r_d| by staleness", "Over the whole run, logarithmic.", _largest_discrepancy),
-        ("Where a step's time goes", "Seconds, mean of stretches of steps, of the first run.", _time),
-        ("Pause of a version change", "Gate shut to gate open, of the last interruptions of each worker.", _pauses),
-        ("Entropy and gradient norm", "Entropy in nats (solid), gradient norm before clipping (dotted).", _entropy),
-        ("Trained and dropped tokens", "Cumulative.", _tokens),
-    ]
+def render(runs: Sequence[ReportedRun]) -> str:
+    """The page."""
+    plotted = [PlottedRun(run.label, run.steps, run.workers) for run in runs]
+    title = runs[0].info.name if len(runs) == 1 else f"{len(runs)} runs compared"
     figures = "\n".join(
-        f"<figure><h2>{html.escape(name)}</h2><p class='note'>{html.escape(note)}</p>{_svg(draw, runs)}</figure>"
-        for name, note, draw in plots
+        f"<figure><h3>{_text(name)}</h3><figcaption>{_text(caption)}</figcaption>{draw(plotted)}</figure>"
+        for name, caption, draw in PLOTS
+    )
+    head = _one_run(runs[0]) if len(runs) == 1 else _several(runs)
+    tables = "\n".join(
+        f"<h2>Workers{'' if len(runs) == 1 else ' of ' + _text(run.label)}</h2>{_worker_table(run)}" for run in runs
     )
     return (
-        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>rljob: {html.escape(title)}</title>"
-        f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n{_verdicts(runs)}\n{_summary_table(runs)}\n"
-        f"<div class='plots'>\n{figures}\n</div>\n{_worker_table(runs)}\n</body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)} – rljob report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{_text(title)}</h1>\n{head}\n{''.join(_leak(run) for run in runs)}\n<h2>Curves</h2>\n"
+        f'<div class="grid">\n{figures}\n</div>\n<h2>Summary</h2>\n{_summary_table(runs)}\n{tables}\n</body>\n</html>\n'
     )
 
 
-def _load(directory: RunDirectory) -> Run:
-    steps = directory.read_steps()
+def _read(directory: RunDirectory) -> ReportedRun:
+    info = directory.read_info()
+    steps = tuple(directory.read_steps())
     if not steps:
-        raise RljobError(f"{directory.root} has no trained step to report")
-    summary = None
-    if directory.summary_file.exists():
-        summary = Summary.model_validate_json(directory.summary_file.read_bytes())
-    return Run(directory.root.resolve().name, steps, directory.read_workers(), summary)
+        raise RljobError(f"{directory.root} has no trained step yet: there is nothing to report")
+    workers = tuple(directory.read_workers())
+    return ReportedRun(directory.root.resolve().name, info, steps, workers, _summary(directory, info, steps, workers))
 
 
-def _svg(draw: Callable[[Any, Sequence[Run]], None], runs: Sequence[Run]) -> str:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    style = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e5e7eb",
-        "font.size": 10,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "rljob",
-    }
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(6.4, 3.1))
-        draw(axes, runs)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9)
-        figure.tight_layout()
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-    return buffer.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()
-
-
-def _numbers(run: Run) -> list[int]:
-    return [step.step for step in run.steps]
-
-
-def _reward(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        axes.plot(_numbers(run), [step.reward for step in run.steps], color=colour, label=run.label)
-        if all(step.baseline is not None for step in run.steps):
-            axes.plot(_numbers(run), [step.baseline for step in run.steps], color=colour, linestyle="--", linewidth=0.8)
-    axes.set_xlabel("step")
-    axes.set_ylim(bottom=0)
-
-
-def _staleness(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        axes.plot(_numbers(run), [step.staleness.mean for step in run.steps], color=colour, label=f"{run.label}, mean")
-        axes.plot(_numbers(run), [step.staleness.max for step in run.steps], color=colour, linewidth=0.6, alpha=0.6)
-    axes.set_xlabel("step")
-    axes.set_ylim(bottom=0)
-
-
-def _staleness_shares(axes: Any, runs: Sequence[Run]) -> None:
-    run = runs[0]
-    buckets = sorted({int(bucket) for step in run.steps for bucket in step.staleness.histogram})
-    shares = []
-    for bucket in buckets:
-        shares.append(
-            [
-                step.staleness.histogram.get(str(bucket), 0) / max(1, sum(step.staleness.histogram.values()))
-                for step in run.steps
-            ]
+def _summary(
+    directory: RunDirectory, info: RunInfo, steps: Sequence[StepReport], workers: Sequence[WorkerState]
+) -> Summary:
+    """The run's own summary; one made from its steps while it still runs."""
+    try:
+        return Summary.model_validate(json.loads(directory.summary_file.read_text()))
+    except (OSError, ValueError, ValidationError):
+        return summarise(
+            info.name,
+            finished=False,
+            steps=steps,
+            workers=workers,
+            unread={},
+            seconds=sum(step.seconds_total for step in steps),
+            worker_restarts=0,
         )
-    axes.stackplot(_numbers(run), *shares, labels=[str(bucket) for bucket in buckets], colors=COLOURS)
-    axes.set_xlabel("step")
-    axes.set_ylim(0, 1)
 
 
-def _mask(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        axes.plot(_numbers(run), [step.keep_fraction for step in run.steps], color=colour, label=f"{run.label}, keep")
-        axes.plot(
-            _numbers(run),
-            [step.clip_fraction for step in run.steps],
-            color=colour,
-            linestyle=":",
-            label=f"{run.label}, clip",
-        )
-    axes.set_xlabel("step")
-    axes.set_ylim(0, 1.02)
+# --------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _by_staleness(run: Run) -> tuple[list[int], list[float], list[float]]:
-    """(staleness, RMS, largest) of log r_d over all steps, weighed by tokens."""
-    tokens: dict[int, int] = {}
-    squares: dict[int, float] = {}
-    largest: dict[int, float] = {}
-    for step in run.steps:
-        for name, bucket in step.discrepancy_by_staleness.items():
-            key = int(name)
-            tokens[key] = tokens.get(key, 0) + bucket.tokens
-            squares[key] = squares.get(key, 0.0) + bucket.tokens * bucket.rms_log_discrepancy**2
-            largest[key] = max(largest.get(key, 0.0), bucket.max_abs_log_discrepancy)
-    keys = sorted(key for key in tokens if tokens[key])
-    return keys, [(squares[key] / tokens[key]) ** 0.5 for key in keys], [largest[key] for key in keys]
-
-
-def _discrepancy(axes: Any, runs: Sequence[Run]) -> None:
-    _bars(axes, runs, lambda run: _by_staleness(run)[:2])
-    axes.set_ylabel("RMS log r_d")
-
-
-def _largest_discrepancy(axes: Any, runs: Sequence[Run]) -> None:
-    _bars(axes, runs, lambda run: (_by_staleness(run)[0], _by_staleness(run)[2]))
-    axes.set_yscale("log")
-
-
-def _bars(axes: Any, runs: Sequence[Run], values: Callable[[Run], tuple[list[int], list[float]]]) -> None:
-    width = 0.8 / len(runs)
-    for index, (run, colour) in enumerate(zip(runs, COLOURS * len(runs), strict=False)):
-        keys, heights = values(run)
-        axes.bar(
-            [key + (index - (len(runs) - 1) / 2) * width for key in keys], heights, width, color=colour, label=run.label
-        )
-    axes.set_xlabel("staleness (versions)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _time(axes: Any, runs: Sequence[Run]) -> None:
-    run = runs[0]
-    parts = ("waiting", "scoring", "training", "publishing", "checkpointing")
-    window = max(1, len(run.steps) // 80)
-    groups = [run.steps[i : i + window] for i in range(0, len(run.steps), window)]
-    series = [
-        [sum(getattr(step, f"seconds_{part}") for step in group) / len(group) for group in groups] for part in parts
-    ]
-    axes.stackplot([group[-1].step for group in groups], *series, labels=parts, colors=COLOURS)
-    axes.set_xlabel("step")
-
-
-def _pauses(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        pauses = sorted(1e3 * pause for worker in run.workers for pause in worker.pause_seconds)
-        if pauses:
-            axes.plot(pauses, [(i + 1) / len(pauses) for i in range(len(pauses))], color=colour, label=run.label)
-    axes.set_xlabel("ms")
-    axes.set_ylabel("share at most that long")
-
-
-def _entropy(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        axes.plot(_numbers(run), [step.entropy for step in run.steps], color=colour, label=run.label)
-        axes.plot(_numbers(run), [step.gradient_norm for step in run.steps], color=colour, linestyle=":", linewidth=0.8)
-    axes.set_xlabel("step")
-
-
-def _tokens(axes: Any, runs: Sequence[Run]) -> None:
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        axes.plot(
-            _numbers(run), [step.tokens_trained for step in run.steps], color=colour, label=f"{run.label}, trained"
-        )
-        dropped = [sum(step.tokens_dropped.values()) for step in run.steps]
-        axes.plot(_numbers(run), dropped, color=colour, linestyle=":", label=f"{run.label}, dropped")
-    axes.set_xlabel("step")
-
-
-def _verdicts(runs: Sequence[Run]) -> str:
-    lines = []
-    for run in runs:
-        keys, rms, _ = _by_staleness(run)
-        if len(keys) > 1 and rms[0] > 0:
-            ratio = rms[-1] / rms[0]
-            said = "flat: clean" if ratio < 1.5 else "rises with staleness: staleness leaks into the discrepancy mask"
-            lines.append(f"<p class='note'>{html.escape(run.label)}: RMS(log r_d) {said} (factor {ratio:.2f})</p>")
-        for problem in run.summary.conservation.problems if run.summary is not None else ():
-            lines.append(f"<p class='bad'>{html.escape(run.label)}: {html.escape(problem)}</p>")
-    return "\n".join(lines)
-
-
-def _summary_table(runs: Sequence[Run]) -> str:
-    def cells(name: str, value: Callable[[Summary], str]) -> str:
-        shown = (html.escape(value(run.summary)) if run.summary is not None else "-" for run in runs)
-        return f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>"
-
-    rows = [
-        cells("steps", lambda s: f"{s.steps}{'' if s.finished else ' (stopped)'}"),
-        cells("reward, first tenth", lambda s: f"{s.reward_first_tenth:.3f}"),
-        cells("reward, last tenth", lambda s: f"{s.reward_last_tenth:.3f}"),
-        cells("old log-probabilities", lambda s: s.route),
-        cells("exact fraction (least)", lambda s: f"{s.exact_fraction:.3f}"),
-        cells("largest staleness", lambda s: str(s.staleness_max)),
-        cells("trajectories over several versions", lambda s: f"{s.share_spanning_versions:.0%}"),
-        cells("partial rollouts continued", lambda s: f"{s.partials_continued:,}"),
-        cells(
-            "tokens salvaged / lost by interruptions",
-            lambda s: f"{s.tokens_salvaged:,} / {s.tokens_lost_to_interruptions}",
-        ),
-        cells("tokens generated", lambda s: f"{s.conservation.generated:,}"),
-        cells("tokens trained", lambda s: f"{s.conservation.trained:,}"),
-        cells("tokens dropped", lambda s: ", ".join(f"{k} {v:,}" for k, v in s.conservation.dropped.items()) or "0"),
-        cells("tokens in flight at the end", lambda s: f"{s.conservation.in_flight:,}"),
-        cells("tokens lost in crashes", lambda s: f"{s.conservation.lost:,}"),
-        cells("tokens/s", lambda s: f"{s.tokens_per_second:,.0f}"),
-        cells("idle: trainer / rollout", lambda s: f"{s.trainer_idle_share:.0%} / {s.rollout_idle_share:.0%}"),
-        cells("pause p50 / p95", lambda s: f"{s.pause_seconds_p50 * 1e3:.0f} / {s.pause_seconds_p95 * 1e3:.0f} ms"),
-        cells("wall time", lambda s: f"{s.seconds:.0f} s"),
-    ]
-    head = "".join(f"<th>{html.escape(run.label)}</th>" for run in runs)
-    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
-
-
-def _worker_table(runs: Sequence[Run]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(run.label)}</td><td>{html.escape(worker.worker)}</td><td>{html.escape(worker.phase.value)}</td>"
-        f"<td>{worker.counters.trajectories:,}</td><td>{worker.counters.tokens_generated:,}</td>"
-        f"<td>{worker.counters.interruptions}</td><td>{worker.idle_share:.0%}</td><td>{html.escape(worker.message)}</td></tr>"
-        for run in runs
-        for worker in run.workers
+def _leak(run: ReportedRun) -> str:
+    """One sentence on whether the discrepancy ratio grows with staleness."""
+    pooled = plots.pooled_discrepancy(run.steps)
+    if len(pooled) < 2 or pooled[min(pooled)].rms_log_discrepancy == 0:
+        return ""
+    factor = pooled[max(pooled)].rms_log_discrepancy / pooled[min(pooled)].rms_log_discrepancy
+    said = "flat: no staleness in it" if factor < LEAK_FACTOR else "rising: staleness leaks into the mask"
+    return (
+        f'<p class="{"note" if factor < LEAK_FACTOR else "bad"}">{_text(run.label)}: RMS of log r_d at staleness '
+        f"{max(pooled)} is {factor:.2f} times that at {min(pooled)}, {said}.</p>"
     )
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("run", "worker", "last phase", "trajectories", "tokens", "interruptions", "idle", "message")
+
+
+def _one_run(run: ReportedRun) -> str:
+    summary = run.summary
+    tokens = summary.conservation
+    tiles = (
+        (f"{summary.reward_last_tenth:.3f}", f"reward, from {summary.reward_first_tenth:.3f}"),
+        (f"{summary.steps:,}", "steps, one weight version each"),
+        (f"{summary.exact_fraction:.1%}", "exact old log-probabilities (worst step)"),
+        (f"{summary.share_spanning_versions:.0%}", "of trajectories span versions"),
+        (f"{summary.tokens_lost_to_interruptions:,}", f"tokens lost in {summary.interruptions:,} interruptions"),
+        (f"{tokens.trained:,}", f"tokens trained of {tokens.generated:,}"),
+        (f"{summary.tokens_per_second:,.0f}", "tokens a second"),
     )
-    return f"<h2>Workers</h2><table><tr>{head}</tr>{rows}</table>"
+    body = "".join(f'<div class="tile"><b>{_text(value)}</b><span>{_text(name)}</span></div>' for value, name in tiles)
+    state = "finished" if summary.finished else "not finished"
+    return (
+        f'<p class="sub">{_text(run.label)} · started {_text(run.info.created)} · {state}, '
+        f"{summary.seconds:,.0f} s · old log-probabilities: {_text(summary.route)}</p>"
+        f'<div class="tiles">{body}</div>'
+    )
+
+
+def _several(runs: Sequence[ReportedRun]) -> str:
+    items = " · ".join(f"{_swatch(index)}{_text(run.label)}" for index, run in enumerate(runs))
+    return f'<p class="sub">{items}</p>'
+
+
+def _swatch(index: int) -> str:
+    return f'<i class="swatch" style="background:{plots.COLORS[index % len(plots.COLORS)]}"></i>'
+
+
+def _summary_table(runs: Sequence[ReportedRun]) -> str:
+    rows: list[tuple[str, Callable[[Summary], str]]] = [
+        ("Finished", lambda s: "yes" if s.finished else "no"),
+        ("Old log-probabilities", lambda s: s.route),
+        ("Exact fraction, worst step", lambda s: f"{s.exact_fraction:.4f}"),
+        ("Steps", lambda s: f"{s.steps:,}"),
+        ("Weight versions", lambda s: f"{s.versions:,}"),
+        ("Attempts of the trainer", lambda s: f"{s.epochs}"),
+        ("Reward, first tenth", lambda s: f"{s.reward_first_tenth:.4f}"),
+        ("Reward, last tenth", lambda s: f"{s.reward_last_tenth:.4f}"),
+        ("Reward of a constant answer", lambda s: "–" if s.baseline is None else f"{s.baseline:.4f}"),
+        ("Largest staleness", lambda s: f"{s.staleness_max}"),
+        ("Trajectories spanning versions", lambda s: f"{s.share_spanning_versions:.1%}"),
+        ("Interruptions", lambda s: f"{s.interruptions:,}"),
+        ("Partial rollouts continued", lambda s: f"{s.partials_continued:,}"),
+        ("Tokens salvaged", lambda s: f"{s.tokens_salvaged:,}"),
+        ("Tokens lost to interruptions", lambda s: f"{s.tokens_lost_to_interruptions:,}"),
+        ("Tokens generated", lambda s: f"{s.conservation.generated:,}"),
+        ("… trained", lambda s: f"{s.conservation.trained:,}"),
+        ("… dropped", lambda s: ", ".join(f"{reason} {n:,}" for reason, n in s.conservation.dropped.items()) or "0"),
+        ("… in flight at the end", lambda s: f"{s.conservation.in_flight:,}"),
+        ("… lost in crashes", lambda s: f"{s.conservation.lost:,}"),
+        ("Tokens a second", lambda s: f"{s.tokens_per_second:,.1f}"),
+        ("Wall time", lambda s: f"{s.seconds:,.0f} s"),
+        ("Trainer idle", lambda s: f"{s.trainer_idle_share:.1%}"),
+        ("Workers idle", lambda s: f"{s.rollout_idle_share:.1%}"),
+        ("Pause, p50 / p95", lambda s: f"{s.pause_seconds_p50 * 1e3:,.0f} / {s.pause_seconds_p95 * 1e3:,.0f} ms"),
+        ("Worker restarts", lambda s: f"{s.worker_restarts}"),
+    ]
+    heads = "".join(f"<th>{_swatch(i) if len(runs) > 1 else ''}{_text(run.label)}</th>" for i, run in enumerate(runs))
+    body = "".join(
+        f"<tr><td>{_text(name)}</td>{''.join(f'<td>{_text(value(run.summary))}</td>' for run in runs)}</tr>"
+        for name, value in rows
+    )
+    verdicts = "".join(f"<td>{_verdict(run.summary)}</td>" for run in runs)
+    return (
+        f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}'
+        f"<tr><td>Tokens conserved</td>{verdicts}</tr></tbody></table></div>"
+    )
+
+
+def _verdict(summary: Summary) -> str:
+    if summary.conservation.holds:
+        return '<span class="good">yes</span>'
+    return f'<span class="bad">no: {_text("; ".join(summary.conservation.problems))}</span>'
+
+
+def _worker_table(run: ReportedRun) -> str:
+    columns = (
+        "worker",
+        "incarnation",
+        "last phase",
+        "version",
+        "generated",
+        "delivered",
+        "in flight",
+        "trajectories",
+        "interruptions",
+        "continued",
+        "failures",
+        "idle",
+        "message",
+    )
+    rows = []
+    for worker in sorted(run.workers, key=lambda w: (w.worker, w.incarnation))[:MAX_WORKER_ROWS]:
+        counters = worker.counters
+        cells = (
+            worker.worker,
+            worker.incarnation,
+            worker.phase.value,
+            "–" if worker.serving_version is None else str(worker.serving_version),
+            f"{counters.tokens_generated:,}",
+            f"{counters.tokens_delivered:,}",
+            f"{counters.tokens_in_flight:,}",
+            f"{counters.trajectories:,}",
+            f"{counters.interruptions:,}",
+            f"{counters.partials_continued:,}",
+            f"{counters.environment_failures + counters.malformed + counters.swaps_failed:,}",
+            f"{worker.idle_share:.0%}",
+        )
+        rows.append(
+            f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}<td class='text'>{_text(worker.message)}</td></tr>"
+        )
+    more = len(run.workers) - MAX_WORKER_ROWS
+    note = f'<p class="note">and {more:,} more in workers.jsonl</p>' if more > 0 else ""
+    heads = "".join(f"<th>{_text(column)}</th>" for column in columns)
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+
+
+def _text(value: str) -> str:
+    return html.escape(value, quote=True)

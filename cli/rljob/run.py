@@ -82,7 +82,9 @@ class LocalRun:
         self._names = names.JobNames(info.uid)
         self._logger = logging.getLogger("rljob.run")
         self._server = NatsServer(
-            directory.nats, port=options.nats_port, max_payload_bytes=job.spec.messaging.max_payload_bytes
+            directory.nats,
+            port=options.nats_port,
+            max_payload_bytes=job.spec.messaging.max_payload_bytes,
         )
         self._trainer: processes.Child | None = None
         self._slots = [
@@ -225,11 +227,15 @@ class LocalRun:
             await asyncio.sleep(POLL_SECONDS)
 
     def _stop_children(self) -> None:
+        def in_a_hurry() -> bool:
+            return self._stop_signals > 1
+
         workers = [slot.child for slot in self._slots if slot.child is not None]
-        grace = 0.0 if self._stop_signals > 1 else WORKER_GRACE_SECONDS
-        processes.stop_all(workers, grace_seconds=grace)
+        processes.stop_all(workers, grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
         if self._trainer is not None:
-            processes.stop_all([self._trainer], grace_seconds=grace)
+            processes.stop_all([self._trainer], grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
+        # torchrun gives each rank a session of its own: when it was killed its ranks are still there.
+        processes.kill_marked(names.ENV_UID, self._info.uid)
         for slot in self._slots:
             slot.child = None
 
@@ -244,6 +250,7 @@ class LocalRun:
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--rdzv-backend=static"),
             f"--nproc-per-node={trainer.replicas * trainer.processes_per_replica}",
             *("--master-addr=127.0.0.1", f"--master-port={free_port()}", "--max-restarts=0"),
+            f"--shutdown-timeout={TRAINER_GRACE_SECONDS:.0f}",
             *("-m", "rljob_runtime.trainer.main"),
         ]
         environment = self._environment("trainer") | {
@@ -397,7 +404,8 @@ class LocalRun:
 
     def _say(self, text: str) -> None:
         if self._live is not None and self._live.is_started:
-            self._live.console.print(text)
+            # As it is: a log's `[rank0]` is no markup.
+            self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._out, flush=True)
 
@@ -412,8 +420,9 @@ def new_run(job: RLJob, root: Path | None, options: RunOptions, out: TextIO) -> 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     directory = RunDirectory(root or Path("runs") / f"{job.metadata.name}-{stamp}")
     _check_room(directory.root)
-    info = directory.create(job, uuid.uuid4().hex[:12])
-    return _run(job, directory, info, options, out)
+    with directory.locked():
+        info = directory.create(job, uuid.uuid4().hex[:12])
+        return _run(job, directory, info, options, out)
 
 
 def resume_run(root: Path, options: RunOptions, out: TextIO) -> int:
@@ -423,19 +432,28 @@ def resume_run(root: Path, options: RunOptions, out: TextIO) -> int:
         RljobError: this is not the folder of a run.
     """
     directory = RunDirectory(root)
-    info = replace(directory.read_info(), attempts=directory.read_info().attempts + 1)
-    directory.write_info(info)
+    directory.read_info()
     _check_room(root)
-    return _run(directory.read_job(), directory, info, options, out)
+    with directory.locked():
+        held = directory.read_info()
+        info = replace(held, attempts=held.attempts + 1)
+        directory.write_info(info)
+        # A run that was killed may have left processes that are still ending.
+        processes.kill_marked(names.ENV_UID, info.uid)
+        return _run(directory.read_job(), directory, info, options, out)
 
 
 def _run(job: RLJob, directory: RunDirectory, info: RunInfo, options: RunOptions, out: TextIO) -> int:
-    ignored = ignored_locally(job)
+    # The saved job has every default written out, and would name fields that nobody set.
+    ignored = ignored_locally(job) if info.attempts == 1 else ()
     if ignored:
         print(f"rljob run ignores: {', '.join(ignored)}", file=out)
     if any(pool.engine.simulated is not None for pool in job.spec.rollout_pools):
         print("note: a SIMULATED engine is used; this is a test of the protocol, not of inference", file=out)
     print(f"run: {directory.root} (logs in {directory.logs})", file=out, flush=True)
+    from rljob_runtime import logs
+
+    logs.configure("run", directory.logs / "run.log")
     run = LocalRun(job, directory, info, options, out)
     code, summary = asyncio.run(run.run())
     print(as_text(summary), file=out)

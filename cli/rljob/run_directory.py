@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rljob_api.errors import RljobError, StorageError
+from rljob_api.errors import BadInput, RljobError, StorageError
 from rljob_api.messages import StepReport, WorkerState
 from rljob_api.spec import RLJob
 
@@ -81,11 +83,11 @@ class RunDirectory:
         """Lay out a new run.
 
         Raises:
-            RljobError: the folder holds a run already.
+            BadInput: the folder holds a run already.
             StorageError: it cannot be written.
         """
         if self.info_file.exists():
-            raise RljobError(
+            raise BadInput(
                 f"{self.root} holds a run already: go on with it by --resume {self.root}, or choose another --run-dir"
             )
         info = RunInfo(uid, job.metadata.name, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), 1)
@@ -106,12 +108,31 @@ class RunDirectory:
         """Read run.json.
 
         Raises:
-            RljobError: this is not the folder of a run.
+            BadInput: this is not the folder of a run.
         """
         try:
             return RunInfo(**json.loads(self.info_file.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise RljobError(f"{self.root} is not the folder of a run: it has no readable run.json") from error
+            raise BadInput(f"{self.root} is not the folder of a run: it has no readable run.json") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process at a time runs the run in this folder.
+
+        Raises:
+            BadInput: another one does.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / "lock").open("w")
+        except OSError as error:
+            raise StorageError(f"{self.root} cannot be written ({error.strerror}): choose another --run-dir") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInput(f"{self.root} is being run by another process: wait for it, or stop it") from error
+            yield
 
     def read_job(self) -> RLJob:
         """The resolved RLJob of the run."""
@@ -121,16 +142,16 @@ class RunDirectory:
             raise RljobError(f"{self.job_file} cannot be read: {error}") from error
 
     def read_steps(self) -> list[StepReport]:
-        """Reports of the steps that count, in order: after a resume the later epoch's report of a step replaces the earlier."""
+        """Reports of the steps that count, in order: what a later epoch trained anew, and all after it, replaces the earlier."""
         if not self.steps_file.exists():
             return []
-        latest: dict[int, StepReport] = {}
-        for line in self.steps_file.read_bytes().splitlines():
-            report = StepReport.from_bytes(line)
-            held = latest.get(report.step)
-            if held is None or report.epoch >= held.epoch:
-                latest[report.step] = report
-        return [latest[step] for step in sorted(latest)]
+        reports = [StepReport.from_bytes(line) for line in self.steps_file.read_bytes().splitlines()]
+        counting: list[StepReport] = []
+        for report in sorted(reports, key=lambda report: (report.epoch, report.step)):
+            while counting and counting[-1].step >= report.step:
+                counting.pop()
+            counting.append(report)
+        return counting
 
     def read_workers(self) -> list[WorkerState]:
         """Last word of each worker incarnation."""

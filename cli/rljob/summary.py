@@ -58,6 +58,8 @@ class Summary(FrozenModel):
     worker_restarts: int
     pause_seconds_p50: float
     pause_seconds_p95: float
+    unread: dict[str, int] = Field(default_factory=dict)
+    """Model tokens by worker incarnation in trajectories that the trainer never read; `rljob verify` needs them."""
     conservation: Conservation = Field(
         default_factory=lambda: Conservation(generated=0, trained=0, dropped={}, in_flight=0, lost=0)
     )
@@ -160,6 +162,7 @@ def summarise(
         worker_restarts=worker_restarts,
         pause_seconds_p50=_quantile(pauses, 0.5),
         pause_seconds_p95=_quantile(pauses, 0.95),
+        unread=dict(unread),
         conservation=tokens,
     )
 

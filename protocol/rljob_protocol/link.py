@@ -163,8 +163,11 @@ class Link:
             return link
 
     async def close(self) -> None:
-        """Leave the server."""
-        await self.client.close()
+        """Leave the server, if it is still there."""
+        try:
+            await self.client.close()
+        except TRANSIENT as error:
+            self._logger.debug("messaging was gone before it was left", extra={"error": repr(error)})
 
     # ------------------------------------------------------------------------------------------- the job's own state
 

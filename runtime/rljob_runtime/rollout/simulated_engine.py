@@ -119,12 +119,12 @@ class SimulatedEngine:
         """Load a version."""
         if not self._paused or self._expected is None:
             raise EngineError("weights were applied while the engine was running: pause it first")
+        check_weight_file(weights, self._expected)
         self._unusable = f"version {manifest.version} was not loaded to its end"
         started = time.monotonic()
         try:
-            check_weight_file(weights, self._expected)
             self._model.load_state_dict(load_file(weights), strict=False)
-        except (EngineError, OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise EnginePoisoned(f"version {manifest.version} could not be loaded: {error}") from error
         await _sleep_rest(self._times.load_seconds, started)
         self._version = manifest.version

@@ -224,7 +224,7 @@ class Leader:
         prune(root, keep=self._spec.storage.checkpoint.keep, current=name)
         self._call(self._log.cut(self._cursor))
         oldest = oldest_version_needed(
-            version=version, step=step, checkpoint_step=step, max_versions=self._spec.staleness.max_versions
+            self._publisher.retained, checkpoint_step=step, max_versions=self._spec.staleness.max_versions
         )
         deleted = self._call(self._publisher.keep_versions_from(oldest))
         self._stream_checked = float("-inf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from rljob_api.base import WireMessage
@@ -130,6 +131,11 @@ class Publisher:
             raise
 
 
-def oldest_version_needed(*, version: int, step: int, checkpoint_step: int, max_versions: int) -> int:
-    """Oldest version that a token not yet trained and checkpointed may name: a replay from the checkpoint stays exact."""
-    return max(0, version - (step - checkpoint_step) - max_versions)
+def oldest_version_needed(retained: Mapping[int, PublishedVersion], *, checkpoint_step: int, max_versions: int) -> int:
+    """Oldest version that a token not yet trained and checkpointed may name: a replay from the checkpoint stays exact.
+
+    Counted in steps: a resume publishes another version of the same step, so version numbers run ahead of staleness.
+    """
+    return min(
+        (version.version for version in retained.values() if version.step >= checkpoint_step - max_versions), default=0
+    )

@@ -1,246 +1,402 @@
-"""The vLLM engine against transformers: log-probabilities, versions, interruptions. One engine start a parameter."""
+"""A real vLLM engine against transformers: log-probabilities, interruption, weight versions and what it must refuse.
+
+One engine serves the module; the class at the top has its own, which it ruins.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
-from dataclasses import replace
+import fcntl
+import multiprocessing
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import pytest_asyncio
-from tests.integration.engine.small_models import SmallModel, Version, make_small_model, prompt
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from rljob_api.errors import EngineError
-from rljob_runtime.rollout import vllm_processes
+from rljob_api.errors import EngineError, EnginePoisoned
+from rljob_api.weights import Probe, WeightManifest
 from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.probe_check import check_probe
 from rljob_runtime.rollout.vllm_engine import VllmEngine, VllmSettings
+from rljob_runtime.weights.encode import encode_version
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(180),
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.filterwarnings("ignore"),  # vLLM's and its libraries' own
-]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
-TEMPERATURE = 0.7
-SETTINGS = VllmSettings(max_model_len=512, max_num_seqs=48, compute_type="Float32")
+VOCAB = 512
+TOLERANCE = 1e-4
+PROBE_TOKENS = tuple((7 * i * i + 3 * i + 5) % VOCAB for i in range(64))
 
 
-class Served:
-    """A running engine, its model and the version it holds."""
+@dataclass(frozen=True)
+class Version:
+    """One set of weights, as trainer and as engine see it."""
 
-    def __init__(self, engine: VllmEngine, model: SmallModel) -> None:
-        self.engine = engine
-        self.model = model
-        self.ids = iter(range(1_000_000))
+    model: LlamaForCausalLM
+    manifest: WeightManifest
+    weights: Path
 
-    async def hold(self, number: int) -> Version:
-        """Swap to a version as a worker does."""
-        version = self.model.versions[number]
-        await self.engine.pause()
-        await self.engine.apply(version.manifest, version.weights)
-        await self.engine.resume()
-        return version
-
-    async def generate(
-        self, tokens: tuple[int, ...], max_tokens: int, stop: tuple[int, ...] = (), temperature: float = TEMPERATURE
-    ) -> Generation:
-        request = GenerationRequest(f"t{next(self.ids)}", tokens, max_tokens, temperature, stop)
-        return await self.engine.generate(request)
+    def renumbered(self, version: int) -> WeightManifest:
+        return self.manifest.model_copy(update={"version": version})
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["tied", "untied"])
-async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    kind = str(request.param)
-    architecture = "Llama" if kind == "tied" else "Qwen3"
-    model = make_small_model(tmp_path_factory.mktemp(kind), tied=kind == "tied", architecture=architecture)
-    engine = VllmEngine(model.bare, SETTINGS)
-    before = vllm_processes.children()
-    await engine.start()
-    started = vllm_processes.children() - before
-    rendezvous = engine.rendezvous_files
-    try:
-        yield Served(engine, model)
-    finally:
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def model_directory(directory: Path) -> Path:
+    """config.json and nothing else: the weights come by `apply`."""
+    made = directory / "model"
+    _config().save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def first(directory: Path) -> Version:
+    return _version(directory, 1)
+
+
+@pytest.fixture(scope="module")
+def second(directory: Path) -> Version:
+    return _version(directory, 2)
+
+
+@pytest_asyncio.fixture(scope="class", loop_scope="module")
+async def engine_without_repacking(model_directory: Path) -> AsyncIterator[VllmEngine]:
+    async for engine in _running(model_directory, repack_tied=False):
+        yield engine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def started(model_directory: Path) -> AsyncIterator[VllmEngine]:
+    async for engine in _running(model_directory, repack_tied=True):
+        yield engine
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(started: VllmEngine, first: Version) -> VllmEngine:
+    """Holds the first version, whatever the test before did."""
+    await _swap(started, first.manifest, first.weights)
+    return started
+
+
+class TestAnEngineThatIsGivenUp:
+    async def test_tokens_of_dummy_weights_are_refused(self, engine_without_repacking: VllmEngine) -> None:
+        with pytest.raises(EngineError, match="sampled under the label 'default', which no loaded version has"):
+            await engine_without_repacking.generate(_request(0, max_tokens=2))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="packed layers are a matter of CPUs")
+    async def test_the_probe_sees_a_tied_output_layer_that_kept_the_old_weights(
+        self, engine_without_repacking: VllmEngine, first: Version
+    ) -> None:
+        await _swap(engine_without_repacking, first.manifest, first.weights)
+        scored = await engine_without_repacking.score(PROBE_TOKENS)
+        result = check_probe(first.manifest.probe, scored, "Float32")
+        assert not result.passed
+        assert result.max_abs > 0.5
+
+    async def test_an_update_that_fails_part_way_poisons_the_engine(
+        self, engine_without_repacking: VllmEngine, first: Version
+    ) -> None:
+        with first.weights.open("rb") as file:
+            # A file that this process can read, and the engine's own process cannot.
+            number = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, 700)
+        try:
+            with pytest.raises(EnginePoisoned, match="loading version 1 failed part-way"):
+                await _swap(engine_without_repacking, first.manifest, Path(f"/proc/self/fd/{number}"))
+        finally:
+            os.close(number)
+        with pytest.raises(EnginePoisoned, match="version 1 was begun to be loaded and not finished"):
+            await engine_without_repacking.generate(_request(0))
+
+    async def test_a_start_that_is_given_up_leaves_no_process(self, model_directory: Path) -> None:
+        others = set(multiprocessing.active_children())
+        engine = VllmEngine(model_directory, _settings())
+        starting = asyncio.create_task(engine.start())
+        while not set(multiprocessing.active_children()) - others:
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
         await engine.shutdown()
-    assert started and not any(process.is_running() for process in started)
-    assert not any(path.exists() for path in rendezvous)
+        assert set(multiprocessing.active_children()) == others
+
+    async def test_shutdown_leaves_no_process_and_no_way_to_call(self, engine_without_repacking: VllmEngine) -> None:
+        assert multiprocessing.active_children()  # control: there was one
+        await engine_without_repacking.shutdown()
+        assert multiprocessing.active_children() == []
+        with pytest.raises(EngineError, match="the engine is not running"):
+            await engine_without_repacking.resume()
 
 
-async def test_an_engine_without_a_version_generates_nothing(served: Served) -> None:
-    with pytest.raises(EngineError, match="no weight version was applied yet"):
-        await VllmEngine(served.model.bare, SETTINGS).generate(GenerationRequest("r", prompt(0), 4, 1.0, ()))
+async def test_applied_weights_give_the_trainers_log_probabilities(engine: VllmEngine, first: Version) -> None:
+    result = check_probe(first.manifest.probe, await engine.score(PROBE_TOKENS), "Float32")
+    assert result.passed
+    assert result.max_abs <= TOLERANCE
 
 
-async def test_each_applied_version_scores_as_in_transformers(served: Served) -> None:
-    probe = prompt(3, 64)
-    for number in (0, 1, 2, 0):
-        version = await served.hold(number)
-        scored = await served.engine.score(probe)
-        assert max(abs(a - b) for a, b in zip(scored, version.logprobs(probe), strict=True)) <= 1e-4
-        # Negative control: any other version is nats away, so the comparison tells them apart.
-        other = served.model.versions[(number + 1) % 3]
-        assert max(abs(a - b) for a, b in zip(scored, other.logprobs(probe), strict=True)) > 1.0
+async def test_wrong_weights_fail_the_probe(engine: VllmEngine, first: Version, second: Version) -> None:
+    await _swap(engine, first.manifest, second.weights)
+    result = check_probe(first.manifest.probe, await engine.score(PROBE_TOKENS), "Float32")
+    assert not result.passed
+    assert result.max_abs > 0.5
 
 
-async def test_generated_tokens_carry_the_logprobs_they_were_sampled_with(served: Served) -> None:
-    version = await served.hold(1)
-    generations = await asyncio.gather(*[served.generate(prompt(index), 24) for index in range(8)])
-    for index, generation in enumerate(generations):
-        assert len(generation.tokens) == len(generation.logprobs) == 24
-        assert generation.finish == "length"
-        assert generation.spans == (VersionSpan(1, 0, 24),)
-        assert version.worst(prompt(index), generation, TEMPERATURE) <= 1e-4
-        # Negative control: at temperature 1 they are others.
-        assert version.worst(prompt(index), generation, 1.0) > 1e-2
+async def test_sampled_tokens_carry_their_log_probability_after_temperature(engine: VllmEngine, first: Version) -> None:
+    request = _request(3, max_tokens=48, temperature=0.7)
+    generation = await engine.generate(request)
+    assert (len(generation.tokens), generation.finish) == (48, "length")
+    assert generation.spans == (VersionSpan(1, 0, 48),)
+    assert _largest_error(first, request, generation) <= TOLERANCE
+    untempered = _request(3, max_tokens=48, temperature=1.0)
+    assert _largest_error(first, untempered, generation) > 0.05  # control: raw log-probabilities would be seen
 
 
-async def test_a_stop_token_ends_a_generation_and_is_kept(served: Served) -> None:
-    await served.hold(0)
-    free = await served.generate(prompt(2), 40)
-    stop = free.tokens[10]
-    generation = await served.generate(prompt(2), 200, (stop, free.tokens[20]))
-    assert generation.finish == "stop"
-    assert generation.tokens[-1] in (stop, free.tokens[20])
-    assert not {stop, free.tokens[20]} & set(generation.tokens[:-1])
-
-
-async def test_the_end_token_is_an_ordinary_token_unless_it_is_a_stop_token(served: Served) -> None:
-    await served.hold(0)
-    generations = await asyncio.gather(*[served.generate(prompt(index), 100) for index in range(8)])
-    assert all(generation.finish == "length" for generation in generations)
-    assert any(1 in generation.tokens for generation in generations)
-
-
-async def test_an_interruption_returns_every_partial_and_it_goes_on_under_the_next_version(served: Served) -> None:
-    before = await served.hold(0)
-    num_requests, wanted = 32, 300
-    running = [asyncio.create_task(served.generate(prompt(index), wanted)) for index in range(num_requests)]
+async def test_an_interrupted_answer_goes_on_under_the_new_version(
+    engine: VllmEngine, first: Version, second: Version
+) -> None:
+    request = _request(4, max_tokens=400, temperature=0.9)
+    running = asyncio.create_task(engine.generate(request))
     await asyncio.sleep(0.1)
-    await served.engine.pause()
+    await engine.pause()
+    before = await running
+    assert before.finish == "aborted"
+    assert 0 < len(before.tokens) < 400
+    await engine.apply(second.manifest, second.weights)
+    await engine.resume()
+    rest = _request(4, max_tokens=400 - len(before.tokens), temperature=0.9, prompt=request.prompt + before.tokens)
+    after = await engine.generate(rest)
+
+    assert before.spans == (VersionSpan(1, 0, len(before.tokens)),)
+    assert after.spans == (VersionSpan(2, 0, 400 - len(before.tokens)),)
+    assert _largest_error(first, request, before) <= TOLERANCE
+    assert _largest_error(second, rest, after) <= TOLERANCE
+    assert _largest_error(first, rest, after) > 0.5  # control: the versions can be told apart
+
+
+async def test_a_pause_with_32_requests_in_flight_loses_nothing(engine: VllmEngine, first: Version) -> None:
+    requests = [_request(i, max_tokens=900) for i in range(32)]
+    running = [asyncio.create_task(engine.generate(request)) for request in requests]
+    await asyncio.sleep(0.2)
+    await engine.pause()
     assert all(task.done() for task in running)
     partials = [task.result() for task in running]
+    await engine.resume()
     assert {partial.finish for partial in partials} == {"aborted"}
-    assert sum(len(partial.tokens) for partial in partials) > 0
-
-    after = served.model.versions[2]
-    await served.engine.apply(after.manifest, after.weights)
-    await served.engine.resume()
-    rests = await asyncio.gather(
-        *[
-            served.generate((*prompt(index), *partial.tokens), wanted - len(partial.tokens))
-            for index, partial in enumerate(partials)
-        ]
-    )
-    for index, (partial, rest) in enumerate(zip(partials, rests, strict=True)):
-        assert len(partial.tokens) + len(rest.tokens) == wanted
-        assert rest.spans == (VersionSpan(2, 0, len(rest.tokens)),)
-        assert after.worst((*prompt(index), *partial.tokens), rest, TEMPERATURE) <= 1e-4
-        if partial.tokens:
-            assert partial.spans == (VersionSpan(0, 0, len(partial.tokens)),)
-            assert before.worst(prompt(index), partial, TEMPERATURE) <= 1e-4
+    assert all(0 < len(partial.tokens) == len(partial.logprobs) < 900 for partial in partials)
+    errors = [_largest_error(first, *pair) for pair in zip(requests, partials, strict=True)]
+    assert max(errors) <= TOLERANCE
 
 
-async def test_a_partial_is_an_exact_prefix_of_the_uninterrupted_generation(served: Served) -> None:
-    await served.hold(1)
-    # Greedy, so that two runs sample the same.
-    wholes = await asyncio.gather(*[served.generate(prompt(i), 200, temperature=0.0) for i in range(32)])
-    running = [asyncio.create_task(served.generate(prompt(i), 200, temperature=0.0)) for i in range(32)]
-    await asyncio.sleep(0.08)
-    await served.engine.pause()
-    partials = [task.result() for task in running]
-    await served.engine.resume()
-    assert any(partial.finish == "aborted" and partial.tokens for partial in partials)
-    for whole, partial in zip(wholes, partials, strict=True):
-        assert partial.tokens == whole.tokens[: len(partial.tokens)]
+async def test_requests_on_their_way_into_the_engine_come_back_from_a_pause(engine: VllmEngine) -> None:
+    for turns in range(12):
+        running = [asyncio.create_task(engine.generate(_request(i, max_tokens=900))) for i in range(8)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await engine.pause()
+            partials = await asyncio.gather(*running)
+        assert {partial.finish for partial in partials} == {"aborted"}
+        await engine.resume()
 
 
-async def test_requests_that_cross_the_pause_come_back_empty(served: Served) -> None:
-    await served.hold(1)
-    for _ in range(5):
-        running = [asyncio.create_task(served.generate(prompt(index), 400)) for index in range(16)]
-        await asyncio.sleep(0)  # they are on their way to the engine, and some get there after the pause
-        pausing = asyncio.create_task(served.engine.pause())
-        late = [asyncio.create_task(served.generate(prompt(index), 400)) for index in range(4)]
-        async with asyncio.timeout(10):
-            await pausing
-            generations = await asyncio.gather(*running, *late)
-        assert {generation.finish for generation in generations} == {"aborted"}
-        await served.engine.resume()
-    assert len((await served.generate(prompt(0), 5)).tokens) == 5
-
-
-async def test_a_cancelled_caller_aborts_its_request(served: Served) -> None:
-    await served.hold(1)
-    running = asyncio.create_task(served.generate(prompt(0), 480))
+async def test_a_cancelled_caller_takes_its_request_out_of_the_engine(engine: VllmEngine, first: Version) -> None:
+    running = asyncio.create_task(engine.generate(_request(0, max_tokens=1000)))
     await asyncio.sleep(0.05)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    async with asyncio.timeout(5):
-        await served.engine.pause()
-    await served.engine.resume()
+    await engine.apply(first.manifest, first.weights)  # refused, were it still running
+    assert (await engine.generate(_request(0, max_tokens=3))).finish == "length"
 
 
-async def test_no_key_or_value_of_the_old_version_survives_a_swap(served: Served) -> None:
-    shared = prompt(5, 300)  # many whole blocks: served from the prefix cache where it is not cleared
-    for number in (0, 1):
-        version = await served.hold(number)
-        for _ in range(2):  # the second one does come from the cache
-            generation = await served.generate(shared, 8)
-            assert version.worst(shared, generation, TEMPERATURE) <= 1e-4
+async def test_the_prefix_cache_does_not_outlive_a_version(engine: VllmEngine, second: Version) -> None:
+    request = _request(9, max_tokens=16, prompt=tuple((31 * i + 7) % VOCAB for i in range(200)))
+
+    async def cached_tokens() -> int:
+        output = await engine._run("cached", request.prompt, temperature=1.0, max_tokens=1)
+        return int(output.num_cached_tokens)
+
+    assert await cached_tokens() == 0
+    assert await cached_tokens() >= 160  # control: there is a cache
+    await engine.pause()
+    await engine.apply(second.manifest, second.weights)
+    await engine.resume()
+    generation = await engine.generate(request)
+    assert _largest_error(second, request, generation) <= TOLERANCE
+    await engine.apply(second.renumbered(3), second.weights)  # no pause: it is `apply` itself that clears
+    assert await cached_tokens() == 0
 
 
-async def test_a_token_outside_the_vocabulary_is_refused_and_the_engine_lives(served: Served) -> None:
-    await served.hold(0)
-    for token in (16, -1, 1 << 40):
-        with pytest.raises(EngineError, match=f"token {token} is outside the vocabulary of 16 tokens"):
-            await served.generate((1, token), 4)
-        with pytest.raises(EngineError, match="outside the vocabulary"):
-            await served.engine.score((1, token))
-    assert len((await served.generate(prompt(0), 4)).tokens) == 4
+async def test_a_stop_token_ends_the_answer_and_is_kept(engine: VllmEngine) -> None:
+    stops = tuple(range(0, VOCAB, 8))
+    generation = await engine.generate(_request(5, max_tokens=800, stop_token_ids=stops))
+    assert generation.finish == "stop"
+    assert generation.tokens[-1] in stops
+    assert not set(generation.tokens[:-1]) & set(stops)
+    assert len(generation.logprobs) == len(generation.tokens)
 
 
-async def test_a_prompt_as_long_as_the_model_is_refused_and_the_engine_lives(served: Served) -> None:
-    await served.hold(0)
-    with pytest.raises(EngineError, match="was refused"):
-        await served.generate(prompt(0, 512), 4)
-    generation = await served.generate(prompt(0, 510), 4)
-    assert (generation.finish, len(generation.tokens)) == ("length", 2)
+async def test_the_end_of_sequence_token_stops_only_where_it_is_asked_to(engine: VllmEngine) -> None:
+    eos = _config().eos_token_id
+    generations = await asyncio.gather(*(engine.generate(_request(i, max_tokens=200)) for i in range(32)))
+    assert {generation.finish for generation in generations} == {"length"}
+    assert any(eos in generation.tokens for generation in generations)  # control: it was sampled
 
 
-async def test_weights_are_refused_while_the_engine_runs(served: Served) -> None:
-    version = await served.hold(0)
-    with pytest.raises(EngineError, match="pause it first"):
-        await served.engine.apply(version.manifest, version.weights)
-    assert len((await served.generate(prompt(0), 4)).tokens) == 4
+@pytest.mark.parametrize("token", [VOCAB, -1])
+async def test_a_token_outside_the_vocabulary_is_refused_and_the_engine_lives_on(
+    engine: VllmEngine, token: int
+) -> None:
+    running = asyncio.create_task(engine.generate(_request(0, max_tokens=64)))
+    with pytest.raises(EngineError, match=f"token {token} is not among the 512 of the model"):
+        await engine.generate(_request(1, prompt=(1, 2, token)))
+    with pytest.raises(EngineError, match=f"token {token} is not among the 512 of the model"):
+        await engine.score((1, 2, token))
+    assert len((await running).tokens) == 64
 
 
-async def test_a_pause_takes_no_fixed_sleep(served: Served) -> None:
-    await served.hold(0)
-    pauses = []
-    for _ in range(7):
-        running = [asyncio.create_task(served.generate(prompt(index), 400)) for index in range(32)]
-        await asyncio.sleep(0.1)
-        began = time.perf_counter()
-        await served.engine.pause()
-        pauses.append(time.perf_counter() - began)
-        assert all(task.done() for task in running)
-        await served.engine.resume()
-    # pause_generation sleeps 20 ms each time; the fastest of several shows what is fixed on a busy machine too.
-    assert min(pauses) < 0.02
+async def test_what_vllm_refuses_is_an_engine_error_and_the_engine_lives_on(engine: VllmEngine) -> None:
+    for refused in (_request(0, max_tokens=0), _request(0, prompt=(3,) * 1024), _request(0, temperature=-1.0)):
+        with pytest.raises(EngineError):
+            await engine.generate(refused)
+    assert len((await engine.generate(_request(0, max_tokens=4))).tokens) == 4
 
 
-async def test_two_workers_do_not_sample_the_same(served: Served) -> None:
-    await served.hold(0)
-    generations = await asyncio.gather(*[served.generate(prompt(0), 32) for _ in range(4)])
-    assert len({generation.tokens for generation in generations}) == 4
+async def test_an_update_beside_running_requests_is_refused(engine: VllmEngine, second: Version) -> None:
+    running = asyncio.create_task(engine.generate(_request(0, max_tokens=300)))
+    await asyncio.sleep(0.02)
+    with pytest.raises(EngineError, match="version 2 was to be loaded beside 1 requests") as caught:
+        await engine.apply(second.manifest, second.weights)
+    assert not isinstance(caught.value, EnginePoisoned)
+    assert (await running).spans == (VersionSpan(1, 0, 300),)
 
 
-async def test_a_folder_without_a_config_is_refused_in_words(served: Served, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="vLLM could not start on"):
-        await VllmEngine(tmp_path, replace(SETTINGS)).start()
-    assert psutil.Process().is_running()
+@pytest.mark.parametrize("defect", ["cut off", "no k_proj", "no norm", "shape", "foreign", "not there"])
+async def test_a_file_that_is_not_whole_is_refused_before_the_engine_is_touched(
+    engine: VllmEngine, second: Version, tmp_path: Path, defect: str
+) -> None:
+    broken = tmp_path / "broken.safetensors"
+    match defect:
+        case "cut off":
+            broken.write_bytes(second.weights.read_bytes()[:-100])
+            reason = "broken.safetensors cannot be read"
+        case "no k_proj":
+            _saved(_state(second.model, without="model.layers.1.self_attn.k_proj.weight"), broken)
+            reason = r"1 tensors are missing \(model.layers.1.self_attn.k_proj.weight\)"
+        case "no norm":
+            _saved(_state(second.model, without="model.norm.weight"), broken)
+            reason = r"1 tensors are missing \(model.norm.weight\)"
+        case "shape":
+            _saved(_state(second.model) | {"model.layers.1.mlp.down_proj.weight": torch.zeros(3, 3)}, broken)
+            reason = r"1 have another shape \(model.layers.1.mlp.down_proj.weight \(3, 3\) instead of \(64, 128\)\)"
+        case "foreign":
+            _saved(_state(second.model) | {"model.layers.2.mlp.down_proj.weight": torch.zeros(64, 128)}, broken)
+            reason = "1 are not of this model"
+        case _:
+            reason = "broken.safetensors cannot be read"
+    scored = await engine.score(PROBE_TOKENS)
+    await engine.pause()
+    with pytest.raises(EngineError, match=reason) as caught:
+        await engine.apply(second.manifest, broken)
+    await engine.resume()
+    assert not isinstance(caught.value, EnginePoisoned)
+    assert await engine.score(PROBE_TOKENS) == scored
+
+
+async def _running(model_directory: Path, *, repack_tied: bool) -> AsyncIterator[VllmEngine]:
+    engine = VllmEngine(model_directory, _settings(repack_tied=repack_tied))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown()
+
+
+def _settings(*, repack_tied: bool = True) -> VllmSettings:
+    return VllmSettings(
+        max_model_len=1024, max_num_seqs=64, compute_type="Float32", kv_cache_bytes=64 << 20, repack_tied=repack_tied
+    )
+
+
+async def _swap(engine: VllmEngine, manifest: WeightManifest, weights: Path) -> None:
+    await engine.pause()
+    await engine.apply(manifest, weights)
+    await engine.resume()
+
+
+def _config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        architectures=["LlamaForCausalLM"],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _state(model: LlamaForCausalLM, without: str = "") -> dict[str, Tensor]:
+    """As a trainer publishes it: the tied output layer is left out."""
+    return {name: value for name, value in model.state_dict().items() if name not in ("lm_head.weight", without)}
+
+
+def _saved(state: Mapping[str, Tensor], path: Path) -> Path:
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    return path
+
+
+def _version(directory: Path, number: int) -> Version:
+    torch.manual_seed(number)
+    model = LlamaForCausalLM(_config()).eval()
+    probe = Probe(tokens=PROBE_TOKENS, logprobs=tuple(_logprobs(model, PROBE_TOKENS)), compute_type="Float32")
+    encoded = encode_version(
+        _state(model), epoch=1, version=number, compute_type="Float32", model_files=(), probe=probe
+    )
+    weights = directory / f"version-{number}.safetensors"
+    weights.write_bytes(b"".join(part for _, part in encoded.chunks))
+    return Version(model, encoded.manifest, weights)
+
+
+def _logprobs(model: LlamaForCausalLM, tokens: tuple[int, ...], temperature: float = 1.0) -> list[float]:
+    """Of tokens[1:], by transformers."""
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([tokens])).logits[0, :-1]
+    logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+    return [float(row[token]) for row, token in zip(logprobs_TV, tokens[1:], strict=True)]
+
+
+def _request(
+    number: int,
+    *,
+    max_tokens: int = 8,
+    temperature: float = 1.0,
+    stop_token_ids: tuple[int, ...] = (),
+    prompt: tuple[int, ...] | None = None,
+) -> GenerationRequest:
+    made = tuple((number * 37 + i * 11 + 3) % VOCAB for i in range(16))
+    return GenerationRequest(f"request-{number}", prompt or made, max_tokens, temperature, stop_token_ids)
+
+
+def _largest_error(version: Version, request: GenerationRequest, generation: Generation) -> float:
+    """Between the engine's log-probabilities and the trainer's model, over the generated tokens."""
+    expected = _logprobs(version.model, request.prompt + generation.tokens, request.temperature)[
+        len(request.prompt) - 1 :
+    ]
+    return max(abs(got - wanted) for got, wanted in zip(generation.logprobs, expected, strict=True))

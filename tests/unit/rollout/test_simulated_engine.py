@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.integration.engine.small_models import SmallModel, make_small_model, prompt, without
 
-from rljob_api.errors import EngineError, EnginePoisoned
+from rljob_api.errors import EngineError
 from rljob_api.pools import SimulatedEngine as SimulatedTimes
 from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
 from rljob_runtime.rollout.simulated_engine import SimulatedEngine, uniform
@@ -161,18 +161,22 @@ async def test_device_times_are_kept_whatever_the_batch(model: SmallModel) -> No
     await engine.shutdown()
 
 
-@pytest.mark.parametrize(("removed", "reason"), [("k_proj", "missing"), (None, "cannot be read")])
-async def test_a_broken_file_poisons_the_engine(
+@pytest.mark.parametrize(
+    ("removed", "reason"),
+    [("k_proj", "2 tensors are missing"), ("model.norm", "1 tensors are missing"), (None, "read")],
+)
+async def test_a_file_that_is_not_whole_is_refused_before_the_engine_is_touched(
     engine: SimulatedEngine, model: SmallModel, tmp_path: Path, removed: str | None, reason: str
 ) -> None:
     version = model.versions[1]
     broken = tmp_path / "absent.safetensors" if removed is None else without(version, tmp_path, removed)
+    before = await engine.score(prompt(0, 20))
     await engine.pause()
-    with pytest.raises(EnginePoisoned, match=reason):
+    with pytest.raises(EngineError, match=reason):
         await engine.apply(version.manifest, broken)
     await engine.resume()
-    with pytest.raises(EngineError, match="version 1 was not loaded to its end"):
-        await engine.generate(request(0, 4))
+    assert await engine.score(prompt(0, 20)) == before
+    assert (await engine.generate(request(0, 4))).spans == (VersionSpan(0, 0, 4),)
 
 
 async def test_nan_weights_end_in_an_error_not_in_a_hang(
