@@ -270,9 +270,6 @@ def _quarantine(state: CoordinatorState) -> CoordinatorState:
     if state.desired is None:
         return state
     rank = _rank(state.desired.published)
-    if report.failed_version is not None:
-        # The report may come after a newer order: the blame goes to the version that the worker names.
-        rank = (rank[0], report.failed_version)
     failed = state.failed_on.get(rank, frozenset())
     served = any(_serves(seen.state, state.desired.published) for seen in state.workers.values())
     have_all_failed = bool(failed) and failed >= set(state.workers)
