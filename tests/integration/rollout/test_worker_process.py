@@ -28,6 +28,8 @@ from rljob_runtime.weights.encode import encode_version, model_file_blobs
 from rljob_runtime.weights.nats_blobs import NatsBlobStore
 from rljob_runtime.weights.publish import publish_model_files, publish_version
 
+pytestmark = pytest.mark.timeout(240)  # importing torch and transformers takes a minute on a busy machine
+
 UID = "rollout-test"
 JOB = RLJob.model_validate(
     {
@@ -128,7 +130,7 @@ class Stage:
         )
         return self.process
 
-    async def until(self, condition: Callable[[WorkerState], bool], seconds: float = 60.0) -> WorkerState:
+    async def until(self, condition: Callable[[WorkerState], bool], seconds: float = 120.0) -> WorkerState:
         async with asyncio.timeout(seconds):
             while True:
                 state = await self.trainer.state()
@@ -211,10 +213,10 @@ async def test_a_version_whose_probe_is_wrong_is_never_served_and_ends_the_proce
     await stage.trainer.serve(0, wrong_probe=True)
     await stage.trainer.give(0)
     process = await stage.start_worker()
-    assert await asyncio.wait_for(process.wait(), 60) == 70
+    assert await asyncio.wait_for(process.wait(), 120) == 70
     last = await stage.trainer.state()
     assert last is not None and last.phase is WorkerPhase.POISONED and last.serving_version is None
-    assert "probe differs by max 0.1" in last.message
+    assert "differ by up to 0.1 nats" in last.message
     assert last.counters.swaps_failed == 1 and last.counters.tokens_generated == 0
     assert stage.trainer.received == []
 
@@ -224,4 +226,4 @@ async def test_a_job_that_is_wrong_for_the_worker_ends_with_the_code_for_it(stag
     wrong["spec"]["environment"] = {"name": "digit-copi", "parameters": {}}
     (tmp_path / "job.json").write_text(json.dumps(wrong))
     process = await stage.start_worker()
-    assert await asyncio.wait_for(process.wait(), 60) == 78
+    assert await asyncio.wait_for(process.wait(), 120) == 78
