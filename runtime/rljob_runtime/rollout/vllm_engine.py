@@ -71,6 +71,7 @@ class VllmEngine:
         self._directory = model_directory
         self._settings = settings
         self._started: Any = None
+        self._building: asyncio.Future[None] | None = None
         self._sampling: Callable[..., Any]
         self._processes: tuple[BaseProcess, ...] = ()
         self._vocabulary = range(0)
@@ -90,7 +91,8 @@ class VllmEngine:
             EngineError: the model or the settings are not usable, or the engine's process ended.
         """
         try:
-            self._started = await asyncio.to_thread(self._build)
+            self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
+            await asyncio.shield(self._building)
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
             transfer = WeightTransferInitRequest(init_info={"repack": self._settings.repack_tied})
@@ -174,7 +176,12 @@ class VllmEngine:
         return _logprobs_of(tokens[1:], (output.prompt_logprobs or [None])[1:])
 
     async def shutdown(self) -> None:
-        """Stop the engine and its processes; a request in flight ends as aborted. Idempotent."""
+        """Stop the engine and its processes; a request in flight ends as aborted. Idempotent.
+
+        After a cancelled `start` it waits for what that was building: a thread cannot be stopped, only its result.
+        """
+        if self._building is not None:
+            await asyncio.wait({self._building})
         llm, self._started = self._started, None
         if llm is None:
             return
@@ -186,7 +193,7 @@ class VllmEngine:
             llm.output_handler.cancel()  # or it logs the engine's death as an error
         await asyncio.to_thread(_stop, llm, self._processes)
         del llm
-        gc.collect()  # AsyncLLM sits in reference cycles, and its finaliser fails when the interpreter's end calls it
+        gc.collect()  # AsyncLLM is part of reference cycles, and its finaliser fails if the interpreter's end calls it
 
     @property
     def _llm(self) -> Any:
@@ -198,7 +205,7 @@ class VllmEngine:
         if self._loading is not None:
             raise EnginePoisoned(f"version {self._loading} was begun to be loaded and not finished: restart the engine")
 
-    def _build(self) -> Any:
+    def _build(self) -> None:
         on_gpu = torch.cuda.is_available()
         prepare_environment(on_gpu=on_gpu)
         from vllm.config import WeightTransferConfig
@@ -240,9 +247,9 @@ class VllmEngine:
             SamplingParams, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True
         )
         before = set(multiprocessing.active_children())
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        # Kept here only: what a thread returns stays in its future, and is finalised at the interpreter's end.
+        self._started = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._processes = tuple(process for process in multiprocessing.active_children() if process not in before)
-        return llm
 
     async def _run(self, name: str, prompt: tuple[int, ...], **sampling: Any) -> Any:
         """Submit, and wait for the one output at the end."""

@@ -111,6 +111,18 @@ class TestAnEngineThatIsGivenUp:
         with pytest.raises(EnginePoisoned, match="version 1 was begun to be loaded and not finished"):
             await engine_without_repacking.generate(_request(0))
 
+    async def test_a_start_that_is_given_up_leaves_no_process(self, model_directory: Path) -> None:
+        others = set(multiprocessing.active_children())
+        engine = VllmEngine(model_directory, _settings())
+        starting = asyncio.create_task(engine.start())
+        while not set(multiprocessing.active_children()) - others:
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await engine.shutdown()
+        assert set(multiprocessing.active_children()) == others
+
     async def test_shutdown_leaves_no_process_and_no_way_to_call(self, engine_without_repacking: VllmEngine) -> None:
         assert multiprocessing.active_children()  # control: there was one
         await engine_without_repacking.shutdown()
@@ -289,15 +301,18 @@ async def test_a_file_that_is_not_whole_is_refused_before_the_engine_is_touched(
 
 
 async def _running(model_directory: Path, *, repack_tied: bool) -> AsyncIterator[VllmEngine]:
-    settings = VllmSettings(
-        max_model_len=1024, max_num_seqs=64, compute_type="Float32", kv_cache_bytes=64 << 20, repack_tied=repack_tied
-    )
-    engine = VllmEngine(model_directory, settings)
+    engine = VllmEngine(model_directory, _settings(repack_tied=repack_tied))
     await engine.start()
     try:
         yield engine
     finally:
         await engine.shutdown()
+
+
+def _settings(*, repack_tied: bool = True) -> VllmSettings:
+    return VllmSettings(
+        max_model_len=1024, max_num_seqs=64, compute_type="Float32", kv_cache_bytes=64 << 20, repack_tied=repack_tied
+    )
 
 
 async def _swap(engine: VllmEngine, manifest: WeightManifest, weights: Path) -> None:
