@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help setup demo test lint type fmt verify bench clean
+.PHONY: help setup demo test lint type fmt clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -22,7 +22,7 @@ demo: setup  ## run examples/quickstart.yaml: real vLLM and torch, 2 rollout wor
 	@echo "demo: training a small model to copy digits, asynchronously, on this machine (about 6 minutes on 2 cores)"
 	@$(BIN)/rljob run examples/quickstart.yaml
 
-test: setup lint type  ## lint, types, import contracts and all tests with real parts (about 10 minutes on 2 cores)
+test: setup lint type  ## lint, types, import contracts and all tests with real parts (about 10 minutes on 2 quiet cores)
 	@echo "test: unit, protocol, numerics, integration with real nats-server, vLLM and torch (about 8 minutes on 2 cores)"
 	@$(BIN)/python -m pytest
 
@@ -37,9 +37,6 @@ type: setup  ## strict type check (a minute when cold)
 fmt: setup  ## format the code
 	@$(BIN)/ruff check --fix $(PACKAGES) tests
 	@$(BIN)/ruff format $(PACKAGES) tests
-
-bench: setup  ## measure (docs/benchmarks.md); ratios within one run
-	@$(BIN)/python -m bench
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
