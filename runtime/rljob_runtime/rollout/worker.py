@@ -177,12 +177,12 @@ class RolloutWorker:
                     )
                 ]
                 await self._stop.wait()
-                for loop in loops:
-                    loop.cancel()
+                # Ended, not only told to: a claim that comes back after the drain has looked would start episodes that wait
+                # at the shut gate for ever.
+                await _ended(loops)
                 if self._fetching is not None:
                     self._fetching.cancel()
                 await self._drain()
-                await _ended(loops)
         except ExceptionGroup as group:
             error = _first(group)
             if isinstance(error, EngineError):
