@@ -116,6 +116,8 @@ class WorkerState(WireMessage):
     phase: WorkerPhase
     epoch: int = 0
     serving_version: int | None = None
+    failed_version: int | None = None
+    """Version that this incarnation could not load: a failed apply or a failed probe."""
     order: tuple[int, int] | None = None
     """(term, generation) that the serving version was ordered by; None when followed from `published` (degraded)."""
     degraded: bool = False

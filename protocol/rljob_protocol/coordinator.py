@@ -259,6 +259,9 @@ def _note_failure(state: CoordinatorState, report: WorkerState) -> CoordinatorSt
     if report.phase is not WorkerPhase.POISONED or state.desired is None:
         return state
     rank = _rank(state.desired.published)
+    if report.failed_version is not None:
+        # The report may come after a newer order: the blame goes to the version that the worker names.
+        rank = (rank[0], report.failed_version)
     failed = state.failed_on.get(rank, frozenset()) | {report.worker}
     return replace(state, failed_on=MappingProxyType({**state.failed_on, rank: failed}))
 

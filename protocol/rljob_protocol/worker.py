@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from rljob_api.messages import DesiredVersion, PublishedVersion
+from rljob_api.messages import DesiredVersion, PublishedVersion, WorkerPhase
 
 FETCH_BACKOFF_SECONDS = 1.0
 FETCH_BACKOFF_MAX_SECONDS = 30.0
@@ -78,10 +78,32 @@ class WorkerState:
     draining: bool = False
     poisoned: str | None = None
 
+    last_error: str = ""
+    """Why the last fetch failed; empty once one succeeded."""
+
     @property
     def degraded(self) -> bool:
         """True while the worker follows `published` by itself."""
         return self.target is not None and self.target.order is None
+
+    @property
+    def failed_version(self) -> int | None:
+        """The version that poisoned the engine."""
+        return self.swapping.version if self.poisoned is not None and self.swapping is not None else None
+
+    @property
+    def is_swapping(self) -> bool:
+        return self.swap is not Swap.NONE
+
+    @property
+    def phase(self) -> WorkerPhase:
+        if self.poisoned is not None:
+            return WorkerPhase.POISONED
+        if self.draining:
+            return WorkerPhase.DRAINING
+        if self.serving is None:
+            return WorkerPhase.STARTING
+        return WorkerPhase.SWAPPING if self.is_swapping else WorkerPhase.SERVING
 
 
 # ------------------------------------------------------------------------------------------------------------ events
@@ -243,7 +265,7 @@ def step(state: WorkerState, event: Event, now: float) -> tuple[WorkerState, tup
                 return state, ()
             state = replace(state, desired=desired)
         case PublishedSeen(published):
-            if state.published is not None and _rank(published) <= _rank(state.published):
+            if state.published is not None and identity(published) <= identity(state.published):
                 return state, ()
             state = replace(state, published=published)
         case CoordinatorBeat(beat):
@@ -251,10 +273,11 @@ def step(state: WorkerState, event: Event, now: float) -> tuple[WorkerState, tup
                 state = replace(state, beat=beat, beat_seen_at=now)
         case Fetched(published):
             if state.fetching is not None and _same(published, state.fetching):
-                state = replace(state, fetching=None, fetched=published, fetch_failures=0, retry_at=None)
-        case FetchFailed(published, _, corrupt):
+                state = replace(state, fetching=None, fetched=published, fetch_failures=0, retry_at=None, last_error="")
+        case FetchFailed(published, error, corrupt):
             if state.fetching is not None and _same(published, state.fetching):
-                state = _after_failed_fetch(state, corrupt, now)
+                said = f"version {published.version} could not be fetched: {error}"
+                state = replace(_after_failed_fetch(state, corrupt, now), last_error=said)
         case GateShut():
             if state.swap is Swap.SHUTTING and state.swapping is not None:
                 deadline = now + state.settings.apply_timeout_seconds
@@ -273,7 +296,8 @@ def step(state: WorkerState, event: Event, now: float) -> tuple[WorkerState, tup
         case ProbeFailed(published, error):
             return _poison(state, f"the engine does not hold version {published.version}: {error}")
         case DrainRequested():
-            state = replace(state, draining=True)
+            state, effects = _advance(replace(state, draining=True), now)
+            return state, (*effects, Report())
         case Tick():
             pass
     return _advance(state, now)
@@ -321,7 +345,7 @@ def _choose_target(state: WorkerState, now: float) -> Target | None:
     if not silent or published is None:
         return ordered if ordered is not None else (state.target if silent else None)
     quarantined = () if desired is None else desired.quarantined
-    if published.version in quarantined or (desired is not None and _rank(published) <= _rank(desired.published)):
+    if published.version in quarantined or (desired is not None and identity(published) <= identity(desired.published)):
         return ordered
     return Target(published, None, None if desired is None else desired.order)
 
@@ -350,9 +374,10 @@ def _poison(state: WorkerState, reason: str) -> tuple[WorkerState, tuple[Effect,
     return replace(state, poisoned=reason), (Poison(reason),)
 
 
-def _rank(published: PublishedVersion) -> tuple[int, int]:
+def identity(published: PublishedVersion) -> tuple[int, int]:
+    """(epoch, version): what makes two published versions the same, and what orders them."""
     return (published.epoch, published.version)
 
 
 def _same(one: PublishedVersion, other: PublishedVersion) -> bool:
-    return _rank(one) == _rank(other)
+    return identity(one) == identity(other)

@@ -32,12 +32,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def fields(**values: object) -> dict[str, object]:
+    """The `extra` of a log call: values that become fields of the line."""
+    return values
+
+
 def configure(process: str, file: Path | None = None, *, level: int = logging.INFO) -> logging.Logger:
-    """Send this process's logs to a file, or to standard error, and return its logger."""
+    """Send the logs of rljob's packages to a file, or to standard error, and return the process's logger."""
     handler = logging.StreamHandler(sys.stderr) if file is None else logging.FileHandler(file)
     handler.setFormatter(JsonLines(process))
-    logger = logging.getLogger("rljob")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
-    return logger
+    for package in ("rljob", "rljob_protocol", "rljob_runtime"):
+        logger = logging.getLogger(package)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+    return logging.getLogger("rljob")

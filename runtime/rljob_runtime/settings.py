@@ -1,4 +1,7 @@
-"""What a runtime process is told by its environment: the same variables in a pod and under `rljob run`."""
+"""What a runtime process is told by its host: environment variables, and the resolved RLJob they point at.
+
+The host is the operator (pods) or the local runner; both set the same variables, named in `rljob_api.names`.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,29 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rljob_api import names
-from rljob_api.errors import RljobError
+from rljob_api.errors import SpecError, Violation
+from rljob_api.pools import RolloutPool
 from rljob_api.spec import RLJob
+
+RECORD_BYTES = 1 << 30
+"""Bound of the record that the trainer keeps, where the host names none."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSettings:
-    """Settings of one trainer or rollout process."""
+    """Settings of one trainer or rollout process. `worker` and `pool` are empty for a trainer."""
 
     job: RLJob
     uid: str
     nats_url: str
     credentials: Path | None
     cache_dir: Path
+    """Private scratch of this process."""
     checkpoint_dir: Path | None
     weights_dir: Path | None
+    """Shared directory of weight blobs; None: the NATS object store."""
     record_dir: Path | None
+    """Where the trainer keeps a record for `rljob verify`; None: it keeps none."""
     record_bytes: int
     worker: str
     pool: str
@@ -33,42 +43,89 @@ class RuntimeSettings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> RuntimeSettings:
-        """Read the variables of `rljob_api.names`.
+        """Settings of this process.
 
         Raises:
-            RljobError: one is missing, or the resolved RLJob cannot be read.
+            SpecError: variables are missing or wrong, or the job they point at is; names all of them.
         """
-        path = Path(_required(environ, names.ENV_CONFIG))
-        try:
-            job = RLJob.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise RljobError(f"{names.ENV_CONFIG}={path}: the resolved RLJob cannot be read: {error}") from error
+        wrong: list[Violation] = []
+
+        def required(name: str) -> str:
+            if not environ.get(name):
+                wrong.append(Violation(name, "", "this environment variable is not set", "The process's host sets it."))
+            return environ.get(name, "")
+
+        def optional_path(name: str) -> Path | None:
+            return Path(environ[name]) if environ.get(name) else None
+
+        def number(name: str, default: int) -> int:
+            text = environ.get(name) or str(default)
+            if not text.isascii() or not text.isdigit():
+                wrong.append(Violation(name, text[:80], "must be a whole number", "The process's host sets it."))
+                return default
+            return int(text)
+
+        config = required(names.ENV_CONFIG)
+        job = _read_job(Path(config), wrong) if config else None
+        uid, nats_url = required(names.ENV_UID), required(names.ENV_NATS_URL)
+        cache_dir = required(names.ENV_CACHE_DIR)
+        attempt, record_bytes = number(names.ENV_ATTEMPT, 1), number(names.ENV_RECORD_BYTES, RECORD_BYTES)
+        if wrong or job is None:
+            raise SpecError(tuple(wrong))
         return cls(
             job=job,
-            uid=_required(environ, names.ENV_UID),
-            nats_url=_required(environ, names.ENV_NATS_URL),
-            credentials=_path(environ, names.ENV_NATS_CREDENTIALS),
-            cache_dir=Path(_required(environ, names.ENV_CACHE_DIR)),
-            checkpoint_dir=_path(environ, names.ENV_CHECKPOINT_DIR),
-            weights_dir=_path(environ, names.ENV_WEIGHTS_DIR),
-            record_dir=_path(environ, names.ENV_RECORD_DIR),
-            record_bytes=int(environ.get(names.ENV_RECORD_BYTES, "0")),
+            uid=uid,
+            nats_url=nats_url,
+            credentials=optional_path(names.ENV_NATS_CREDENTIALS),
+            cache_dir=Path(cache_dir),
+            checkpoint_dir=optional_path(names.ENV_CHECKPOINT_DIR),
+            weights_dir=optional_path(names.ENV_WEIGHTS_DIR),
+            record_dir=optional_path(names.ENV_RECORD_DIR),
+            record_bytes=record_bytes,
             worker=environ.get(names.ENV_WORKER, ""),
             pool=environ.get(names.ENV_POOL, ""),
             incarnation=environ.get(names.ENV_INCARNATION, ""),
-            attempt=int(environ.get(names.ENV_ATTEMPT, "1")),
+            attempt=attempt,
+        )
+
+    @property
+    def job_names(self) -> names.JobNames:
+        return names.JobNames(self.uid)
+
+    def rollout_pool(self) -> RolloutPool:
+        """The pool that this rollout worker belongs to.
+
+        Raises:
+            SpecError: worker, pool or incarnation is not set, or the job has no such pool.
+        """
+        given = {names.ENV_WORKER: self.worker, names.ENV_POOL: self.pool, names.ENV_INCARNATION: self.incarnation}
+        missing = tuple(
+            Violation(name, "", "this environment variable is not set", "The process's host sets it.")
+            for name, value in given.items()
+            if not value
+        )
+        if missing:
+            raise SpecError(missing)
+        for pool in self.job.spec.rollout_pools:
+            if pool.name == self.pool:
+                return pool
+        known = ", ".join(pool.name for pool in self.job.spec.rollout_pools)
+        raise SpecError(
+            (Violation(names.ENV_POOL, self.pool, "the job has no such rollout pool", f"It has: {known}."),)
         )
 
 
-def _required(environ: Mapping[str, str], name: str) -> str:
-    value = environ.get(name)
-    if not value:
-        raise RljobError(
-            f"the environment variable {name} is not set: this process is started by `rljob run` or the operator"
-        )
-    return value
-
-
-def _path(environ: Mapping[str, str], name: str) -> Path | None:
-    value = environ.get(name)
-    return Path(value) if value else None
+def _read_job(path: Path, wrong: list[Violation]) -> RLJob | None:
+    try:
+        return RLJob.model_validate_json(path.read_bytes())
+    except OSError as error:
+        wrong.append(Violation(names.ENV_CONFIG, str(path), f"cannot be read: {error.strerror}", "Check the path."))
+    except ValidationError as error:
+        for detail in error.errors():
+            where = ".".join(str(part) for part in detail["loc"])
+            wrong.append(
+                Violation(
+                    where or names.ENV_CONFIG, repr(detail["input"])[:80], detail["msg"], f"Correct it in {path}."
+                )
+            )
+    return None

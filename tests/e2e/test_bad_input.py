@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"sampling__topP": 0.9}, 2, "spec.sampling.topP: changes the distribution"),
-        ({"training__stepz": 3}, 2, "Did you mean steps?"),
+        ({"sampling__topP": 0.9}, 2, "spec.sampling.topP: the trainer cannot score it"),
+        ({"training__stepz": 3}, 2, "Did you mean `steps`?"),
         ({"training__steps": "forty"}, 2, "spec.training.steps: must be an integer"),
-        ({"environment": {"name": "digit-copi"}}, 2, "Did you mean 'digit-copy'?"),
+        ({"environment": {"name": "digit-copi"}}, 2, "Did you mean `digit-copy`?"),
         (
             {"environment": {"name": "reasoning-gym", "parameters": {"dataset": "no_such_dataset"}}},
             2,
-            "reasoning-gym refuses dataset 'no_such_dataset'",
+            "reasoning-gym has no dataset of that name",
         ),
         ({"model": {"path": "/nonexistent/model"}}, 1, "the directory /nonexistent/model does not exist"),
         ({"staleness__maxVersions": 2, "correction": {"oldLogprobs": "Resident"}}, 2, "Use Snapshot"),

@@ -336,7 +336,7 @@ def test_a_beat_alone_does_not_send_a_degraded_worker_back_to_the_old_order() ->
 
 def test_a_draining_worker_starts_no_swap() -> None:
     state, effects = run(serving(3), DrainRequested(), ordered(4, 2), Tick())
-    assert effects == ()
+    assert effects == (Report(),)
     assert state.serving == published(3)
 
 

@@ -1,0 +1,1 @@
+"""Environments pose tasks and score answers: text in and out, multi-turn."""

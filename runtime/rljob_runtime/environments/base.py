@@ -1,7 +1,7 @@
 """What a rollout worker needs of an environment. Text in and out, multi-turn; the runtime owns the tokens.
 
-An environment object is one episode's state. It is created by a factory from (parameters, seed); the G samples of a group
-get the same seed and so the same task. Calls may block: the worker runs them on threads with the spec's timeout.
+An environment object is one episode's state. It is created by a factory from (parameters, seed); the G samples of a
+group get the same seed and so the same task. Calls may block: the worker runs them on threads with the spec's timeout.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EpisodeEnd:
 
 
 class Environment(Protocol):
-    """One episode. Order: reset, step..., end. Infrastructure errors raise; what the model did wrong is a scored reward."""
+    """One episode. Order: reset, step..., end. Infrastructure errors raise; what the model did wrong is scored."""
 
     def reset(self) -> tuple[Message, ...]:
         """First prompt."""

@@ -1,106 +1,51 @@
-"""Environments by name."""
+"""Environments by name: making one for an episode, and refusing a wrong name or parameter at validation."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import JsonValue
 
-from rljob_api.errors import RljobError, Violation
+from rljob_api.errors import SpecError, Violation
+from rljob_runtime.environments import reasoning_gym_adapter
 from rljob_runtime.environments.base import Environment
-from rljob_runtime.environments.digits import SOLUTIONS, DigitEnvironment, DigitParameters
-from rljob_runtime.environments.number_guess import GuessParameters, NumberGuessEnvironment
-from rljob_runtime.environments.reasoning_gym_adapter import (
-    ReasoningGymEnvironment,
-    ReasoningGymParameters,
-    create_dataset,
-)
+from rljob_runtime.environments.digits import DigitParameters, Digits, DigitTask
+from rljob_runtime.environments.number_guess import NumberGuess, NumberGuessParameters
+from rljob_runtime.environments.parameters import nearest, parse
+from rljob_runtime.environments.reasoning_gym_adapter import ReasoningGym, ReasoningGymParameters
 
-REASONING_GYM = "reasoning-gym"
 NUMBER_GUESS = "number-guess"
-NAMES = (*SOLUTIONS, NUMBER_GUESS, REASONING_GYM)
-
-_BOUNDS = {"digits": (1, 64), "turns": (1, 1024), "base": (2, 10), "guesses": (1, 1024), "shots": (0, 32)}
-_Parameters = DigitParameters | GuessParameters | ReasoningGymParameters
+REASONING_GYM = "reasoning-gym"
+ENVIRONMENT_NAMES: tuple[str, ...] = (*(task.value for task in DigitTask), NUMBER_GUESS, REASONING_GYM)
 
 
-def make_environment(name: str, parameters: Mapping[str, Any], seed: int) -> Environment:
-    """The episode of a seed.
+def make_environment(name: str, parameters: Mapping[str, JsonValue], seed: int) -> Environment:
+    """The environment of one episode; equal arguments give the same task.
 
     Raises:
-        RljobError: unknown name or parameters; `check_environment` says so before a run.
+        SpecError: unknown name, or wrong parameters.
     """
-    match _parse(name, parameters):
-        case DigitParameters() as digits:
-            return DigitEnvironment(name, digits, seed)
-        case GuessParameters() as guess:
-            return NumberGuessEnvironment(guess, seed)
-        case ReasoningGymParameters() as gym:
-            return ReasoningGymEnvironment(gym, seed)
+    match name:
+        case DigitTask.COPY | DigitTask.SORT | DigitTask.REVERSE:
+            return Digits(DigitTask(name), parse(DigitParameters, parameters), seed)
+        case "number-guess":
+            return NumberGuess(parse(NumberGuessParameters, parameters), seed)
+        case "reasoning-gym":
+            return ReasoningGym(parse(ReasoningGymParameters, parameters), seed)
+        case _:
+            raise SpecError((_unknown(name),))
 
 
-def check_environment(name: str, parameters: Mapping[str, Any]) -> tuple[Violation, ...]:
-    """Why this environment cannot be used; empty when it can."""
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        return (
-            Violation("spec.environment.name", repr(name), "unknown environment", f"{hint}Known: {', '.join(NAMES)}"),
-        )
+def check_environment(name: str, parameters: Mapping[str, JsonValue]) -> tuple[Violation, ...]:
+    """Every reason why no episode of this environment could be made; empty when all is well."""
     try:
-        parsed = _parse(name, parameters)
-    except ValidationError as error:
-        return tuple(
-            Violation(
-                ".".join(("spec.environment.parameters", *(str(part) for part in problem["loc"]))),
-                repr(problem["input"])[:80],
-                problem["msg"],
-                f"See the parameters of {name} in docs/environments.md",
-            )
-            for problem in error.errors()
-        )
-    found = [
-        Violation(
-            f"spec.environment.parameters.{field}",
-            str(getattr(parsed, field)),
-            f"must be between {low} and {high}",
-            "Choose a value in that range",
-        )
-        for field, (low, high) in _BOUNDS.items()
-        if hasattr(parsed, field) and not low <= getattr(parsed, field) <= high
-    ]
-    if isinstance(parsed, ReasoningGymParameters) and not found:
-        try:
-            create_dataset(parsed, seed=0, size=1)
-        except RljobError as error:
-            found.append(
-                Violation(
-                    "spec.environment.parameters.dataset",
-                    repr(parsed.dataset),
-                    str(error),
-                    "Choose a dataset of reasoning-gym and a configuration it knows",
-                )
-            )
-    return tuple(found)
+        make_environment(name, parameters, seed=0)
+    except SpecError as error:
+        return error.violations
+    if name == REASONING_GYM:
+        return reasoning_gym_adapter.check(parse(ReasoningGymParameters, parameters))
+    return ()
 
 
-def _parse(name: str, parameters: Mapping[str, Any]) -> _Parameters:
-    kind: type[_Parameters]
-    if name in SOLUTIONS:
-        kind = DigitParameters
-    elif name == NUMBER_GUESS:
-        kind = GuessParameters
-    elif name == REASONING_GYM:
-        kind = ReasoningGymParameters
-    else:
-        raise RljobError(f"unknown environment {name!r}; known: {', '.join(NAMES)}")
-    adapter: TypeAdapter[_Parameters] = TypeAdapter(kind)
-    unknown = sorted(set(parameters) - set(kind.__dataclass_fields__))
-    if unknown:
-        # TypeAdapter ignores unknown keys of a plain dataclass: a typing mistake must not be silent.
-        raise ValidationError.from_exception_data(
-            name, [{"type": "unexpected_keyword_argument", "loc": (key,), "input": parameters[key]} for key in unknown]
-        )
-    return adapter.validate_python(dict(parameters), strict=False)
+def _unknown(name: str) -> Violation:
+    return Violation("spec.environment.name", name, "no environment of that name", nearest(name, ENVIRONMENT_NAMES))

@@ -1,167 +1,213 @@
-"""The worker's gate: every generation passes it, and a version change shuts it (invariant 8 of docs/design.md).
+"""The worker's gate: what stands between episodes and the engine while the weight version changes.
 
-    produces    finished generations, with the tokens of every partial kept
-    consumes    requests of the episodes
-    waits for   the gate to be open; while shutting, the partials of all requests in flight, with a deadline
-    unblocked by  `open`, called once the probe passed
-
-A generation that is cut off keeps its tokens and goes on as prompt + tokens when the gate opens again.
+Open, requests pass. Shut, none is admitted, those in flight were aborted and have come back with their tokens, and each
+waits to go on as prompt + tokens under the next version. An episode sees one `generate` that returns when its turn is
+complete, however often it was interrupted. Between `shut` and `open` belongs only: apply, resume, probe (invariant 8).
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
 
 from rljob_api.errors import DeadlineExceeded, EngineError
-from rljob_runtime.rollout.engine import GenerationRequest, InferenceEngine
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, InferenceEngine, VersionSpan
+from rljob_runtime.rollout.partial import PartialRollout
+from rljob_runtime.rollout.tally import Tally
 
+PAUSES_KEPT = 64
+PAUSE_AGAIN_SECONDS = 0.5
+"""A request that entered the engine while it was pausing is queued there and never returns: it needs another pause."""
 MAX_SPURIOUS_ABORTS = 100
+"""Aborts in a row without a pause or a token before the engine counts as broken."""
 
 
-@dataclass(slots=True)
-class GateCounters:
-    """Tokens, as the gate saw them."""
-
-    tokens_generated: int = 0
-    tokens_salvaged: int = 0
-    spurious_aborts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One finished model turn; lengths are equal."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    versions: tuple[int, ...]
-    stopped: bool
-    """True when a stop token ended it (the last token), False at the length bound."""
-
-
-@dataclass(slots=True)
-class PartialTurn:
-    """A model turn in the making; its episode holds it, so that nothing is lost whatever ends the wait."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    versions: list[int]
-
-    @classmethod
-    def empty(cls) -> PartialTurn:
-        return cls([], [], [])
+Finish = Literal["stop", "length", "aborted"]
 
 
 class Gate:
-    """Shut at first: an engine starts with dummy weights."""
+    """Starts shut: the first version opens it.
 
-    def __init__(self, engine: InferenceEngine) -> None:
+    `clock` gives monotonic seconds. `generation_seconds` bounds one request in the engine: no wait without a deadline;
+    `spurious_abort_seconds` is what the wait after an abort that nobody ordered grows by.
+    """
+
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        tally: Tally,
+        clock: Callable[[], float],
+        *,
+        generation_seconds: float = 3600.0,
+        spurious_abort_seconds: float = 0.01,
+    ) -> None:
         self._engine = engine
-        self._open = asyncio.Event()
-        self._in_flight = 0
+        self._tally = tally
+        self._clock = clock
+        self._generation_seconds = generation_seconds
+        self._spurious_abort_seconds = spurious_abort_seconds
+        self._opened = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ids = itertools.count()
+        self._in_engine = 0
+        self._busy_since = 0.0
         self._busy_seconds = 0.0
-        self._busy_since: float | None = None
-        self.counters = GateCounters()
+        self._shut_at: float | None = None
+        self._partials: set[PartialRollout] = set()
+        self._pauses: deque[float] = deque(maxlen=PAUSES_KEPT)
 
     @property
     def is_open(self) -> bool:
-        return self._open.is_set()
+        return self._opened.is_set()
 
     @property
-    def in_flight(self) -> int:
-        """Requests that the engine holds."""
-        return self._in_flight
+    def in_engine(self) -> int:
+        """Requests in the engine right now."""
+        return self._in_engine
 
-    def busy_seconds(self, now: float) -> float:
-        """Time with at least one request in flight."""
-        return self._busy_seconds + (0.0 if self._busy_since is None else now - self._busy_since)
+    @property
+    def tokens_in_flight(self) -> int:
+        """Model tokens held in unfinished trajectories right now."""
+        return sum(partial.num_model_tokens for partial in self._partials)
 
-    async def turn(
-        self,
-        partial: PartialTurn,
-        *,
-        prompt: Sequence[int],
-        max_tokens: int,
-        temperature: float,
-        stop_token_ids: tuple[int, ...],
-        seed: int | None,
-    ) -> Turn:
-        """Generate a model turn to its end, over any number of interruptions; tokens are added to `partial` as they come.
+    @property
+    def busy_seconds(self) -> float:
+        """Time with at least one request in the engine, since the start."""
+        return self._busy_seconds + (self._clock() - self._busy_since if self._in_engine else 0.0)
+
+    @property
+    def pause_seconds(self) -> tuple[float, ...]:
+        """How long the gate was shut at each of the last interruptions, oldest first."""
+        return tuple(self._pauses)
+
+    @contextmanager
+    def partial(self) -> Iterator[PartialRollout]:
+        """A new partial rollout, in flight until the block ends; its end says in the tally where the tokens went."""
+        partial = PartialRollout()
+        self._partials.add(partial)
+        try:
+            yield partial
+        finally:
+            self._partials.discard(partial)
+
+    async def generate(self, request: GenerationRequest, partial: PartialRollout) -> Generation:
+        """One whole model turn, appended to `partial` as it comes; `finish` is never "aborted".
+
+        The result's tokens and spans are those of the whole turn. Waits while the gate is shut. A cancelled caller
+        aborts the request; what was taken before stays in `partial`.
 
         Raises:
-            EngineError: the engine refused the request or died.
+            EngineError: the engine refused the request, died, or does not get anywhere.
         """
+        parts: list[Generation] = []
+        tokens: tuple[int, ...] = ()
         spurious = 0
         while True:
-            await self._open.wait()
-            request = GenerationRequest(
-                request_id=f"g{next(self._ids)}",
-                prompt=(*prompt, *partial.tokens),
-                max_tokens=max_tokens - len(partial.tokens),
-                temperature=temperature,
-                stop_token_ids=stop_token_ids,
-                seed=seed,
+            while not self._opened.is_set():  # it may have shut again before this task came to run
+                await self._opened.wait()
+            attempt = replace(
+                request,
+                request_id=f"{request.request_id}-{len(parts)}",
+                prompt=request.prompt + tokens,
+                max_tokens=request.max_tokens - len(tokens),
             )
-            self._enter()
-            try:
-                generation = await self._engine.generate(request)
-            finally:
-                self._leave()
-            partial.tokens += generation.tokens
-            partial.logprobs += generation.logprobs
-            for span in generation.spans:
-                partial.versions += [span.version] * (span.end - span.start)
-            if not len(partial.tokens) == len(partial.logprobs) == len(partial.versions):
-                raise EngineError(
-                    f"the engine returned {len(partial.tokens)} tokens, {len(partial.logprobs)} log-probabilities and "
-                    f"{len(partial.versions)} version labels: a token without a version cannot be trained"
-                )
-            self.counters.tokens_generated += len(generation.tokens)
-            stopped = bool(partial.tokens) and partial.tokens[-1] in stop_token_ids
-            if generation.finish != "aborted" or stopped or len(partial.tokens) >= max_tokens:
-                return Turn(tuple(partial.tokens), tuple(partial.logprobs), tuple(partial.versions), stopped)
-            self.counters.tokens_salvaged += len(partial.tokens)
-            if self._open.is_set():
-                spurious += 1
-                self.counters.spurious_aborts += 1
+            part = await self._submit(attempt)
+            self._tally.partials_continued += partial.take(part)
+            self._tally.tokens_generated += len(part.tokens)
+            parts.append(part)
+            tokens += part.tokens
+            finish = _finish(part, tokens, request)
+            if finish != "aborted":
+                return _joined(parts, finish)
+            if self.is_open:
+                self._tally.spurious_aborts += 1
+                spurious = 0 if part.tokens else spurious + 1
                 if spurious > MAX_SPURIOUS_ABORTS:
-                    raise EngineError(f"the engine aborted a request {spurious} times although nobody paused it")
+                    raise EngineError(
+                        f"the engine aborted request {request.request_id} {spurious} times though nobody paused it"
+                    )
+                await asyncio.sleep(self._spurious_abort_seconds * spurious)
 
-    async def shut(self, *, deadline_seconds: float) -> None:
-        """Admit nothing more, abort what is in flight and wait until every partial came back.
+    async def shut(self, deadline_seconds: float) -> None:
+        """Admit nothing more, abort what is in flight and wait until all of it came back with its tokens.
 
         Raises:
-            DeadlineExceeded: a request did not return.
+            DeadlineExceeded: requests are still in the engine; it must be restarted.
+            EngineError: the engine could not pause.
         """
-        self._open.clear()
+        if self._opened.is_set():
+            self._opened.clear()
+            self._shut_at = self._clock()
         try:
             async with asyncio.timeout(deadline_seconds):
-                await self._engine.pause()
-                await self._idle.wait()
+                while True:
+                    await self._engine.pause()
+                    try:
+                        async with asyncio.timeout(PAUSE_AGAIN_SECONDS):
+                            await self._idle.wait()
+                    except TimeoutError:
+                        continue
+                    return
         except TimeoutError as error:
             raise DeadlineExceeded(
-                f"{self._in_flight} requests did not return within {deadline_seconds:g} s of the engine's pause"
+                f"{self._in_engine} requests did not return within {deadline_seconds:g} s of the engine's pause"
             ) from error
 
     def open(self) -> None:
-        """Let generation go on: only after the probe passed."""
-        self._open.set()
+        """Let requests pass again: the new version is loaded and proven. Counts the interruption that ends here."""
+        if self._opened.is_set():
+            return
+        if self._shut_at is not None:
+            self._pauses.append(self._clock() - self._shut_at)
+            self._shut_at = None
+            self._tally.interruptions += 1
+            for partial in self._partials:
+                if partial.num_model_tokens:
+                    partial.interruptions += 1
+                    self._tally.tokens_salvaged += partial.num_model_tokens
+        self._opened.set()
 
-    def _enter(self) -> None:
-        if self._in_flight == 0:
-            self._busy_since = asyncio.get_running_loop().time()
-        self._in_flight += 1
-        self._idle.clear()
+    async def _submit(self, request: GenerationRequest) -> Generation:
+        if self._in_engine == 0:
+            self._busy_since = self._clock()
+            self._idle.clear()
+        self._in_engine += 1
+        try:
+            async with asyncio.timeout(self._generation_seconds):
+                return await self._engine.generate(request)
+        except TimeoutError as error:
+            raise EngineError(
+                f"request {request.request_id} did not end within {self._generation_seconds:g} s"
+            ) from error
+        finally:
+            self._in_engine -= 1
+            if self._in_engine == 0:
+                self._busy_seconds += self._clock() - self._busy_since
+                self._idle.set()
 
-    def _leave(self) -> None:
-        self._in_flight -= 1
-        if self._in_flight == 0:
-            now = asyncio.get_running_loop().time()
-            self._busy_seconds += now - (now if self._busy_since is None else self._busy_since)
-            self._busy_since = None
-            self._idle.set()
+
+def _finish(part: Generation, tokens: tuple[int, ...], request: GenerationRequest) -> Finish:
+    """How the turn stands: an abort that lands on its last token leaves nothing to go on with."""
+    if part.finish != "aborted":
+        return part.finish
+    if tokens and tokens[-1] in request.stop_token_ids:
+        return "stop"
+    return "length" if len(tokens) >= request.max_tokens else "aborted"
+
+
+def _joined(parts: list[Generation], finish: Finish) -> Generation:
+    spans: list[VersionSpan] = []
+    offset = 0
+    for part in parts:
+        spans += [VersionSpan(span.version, span.start + offset, span.end + offset) for span in part.spans]
+        offset += len(part.tokens)
+    return Generation(
+        tokens=tuple(token for part in parts for token in part.tokens),
+        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+        spans=tuple(spans),
+        finish=finish,
+    )

@@ -6,48 +6,38 @@ import asyncio
 import logging
 import os
 import signal
-import time
 import zlib
+from pathlib import Path
 
-from rljob_api.errors import DeadlineExceeded, EngineError, RljobError
-from rljob_api.messages import PublishedVersion
-from rljob_api.names import KEY_PUBLISHED, JobNames
+from rljob_api.errors import RljobError
+from rljob_api.names import JobNames
 from rljob_api.pools import RolloutPool
+from rljob_api.pools import VllmEngine as VllmPool
 from rljob_protocol.link import Link
+from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_runtime import logs
 from rljob_runtime.rollout.engine import InferenceEngine
-from rljob_runtime.rollout.worker import Identity, RolloutWorker
+from rljob_runtime.rollout.worker import EXIT_CONFIGURATION, RolloutWorker
 from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.weights.choose import blob_store
-from rljob_runtime.weights.fetch import fetch_manifest, fetch_model_files
 
-EXIT_POISONED = 70
-"""The engine must be restarted: the host starts this process again."""
-FIRST_VERSION_SECONDS = 900.0
+LEASE_SECONDS = 12.0
+"""Leases are extended three times in that time; the queue's own limit is a little longer."""
 
 
 def main() -> int:
-    """Run one worker; the exit code tells the host what to do."""
-    settings = RuntimeSettings.from_environment(os.environ)
-    logger = logs.configure(settings.worker or "rollout")
+    """Run one worker; the exit code tells the host what to do (see `worker.py`)."""
     try:
-        asyncio.run(_run(settings, logger))
-    except EngineError as error:
-        logger.error("engine given up", extra={"error": str(error)})
-        return EXIT_POISONED
+        settings = RuntimeSettings.from_environment(os.environ)
+        logger = logs.configure(settings.worker)
+        return asyncio.run(_run(settings, logger))
     except RljobError as error:
-        logger.error("rollout worker failed", extra={"error": str(error)})
-        return 1
-    return 0
+        logs.configure("rollout").error("rollout worker could not start", extra=logs.fields(error=str(error)))
+        return EXIT_CONFIGURATION
 
 
-async def _run(settings: RuntimeSettings, logger: logging.Logger) -> None:
-    pool = next((pool for pool in settings.job.spec.rollout_pools if pool.name == settings.pool), None)
-    if pool is None:
-        raise RljobError(f"the RLJob has no rollout pool {settings.pool!r}")
-    stop = asyncio.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+async def _run(settings: RuntimeSettings, logger: logging.Logger) -> int:
+    pool = settings.rollout_pool()
     link = await Link.connect(
         JobNames(settings.uid),
         settings.nats_url,
@@ -55,87 +45,54 @@ async def _run(settings: RuntimeSettings, logger: logging.Logger) -> None:
         credentials=settings.credentials,
         logger=logger,
     )
-    store = blob_store(link, settings.weights_dir)
-    model_directory = settings.cache_dir / "model"
-    engine: InferenceEngine | None = None
+    worker = RolloutWorker(
+        settings,
+        link,
+        TaskQueue(link),
+        TrajectoryLog(link),
+        blob_store(link, settings.weights_dir),
+        lambda directory: make_engine(settings, pool, directory),
+        engine_compute_type=engine_compute_type(settings, pool),
+        lease_seconds=LEASE_SECONDS,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, worker.request_drain)
     try:
-        published = await _first_version(link, stop)
-        if published is None:
-            return
-        manifest = await fetch_manifest(store, published.manifest, settings.cache_dir)
-        await fetch_model_files(store, manifest, model_directory)
-        from rljob_runtime.rollout.rendering import Renderer
-
-        engine, compute_type = _make_engine(settings, pool)
-        started = time.monotonic()
-        await engine.start()
-        logger.info("engine started", extra={"seconds": round(time.monotonic() - started, 1)})
-        worker = RolloutWorker(
-            identity=Identity(settings.worker, settings.pool, settings.incarnation),
-            spec=settings.job.spec,
-            max_concurrent=pool.max_concurrent_trajectories,
-            link=link,
-            store=store,
-            engine=engine,
-            engine_compute_type=compute_type,
-            renderer=Renderer(model_directory),
-            cache=settings.cache_dir / "versions",
-            logger=logger,
-        )
-        watcher = asyncio.create_task(_forward(stop, worker))
-        try:
-            await worker.run()
-        finally:
-            watcher.cancel()
+        return await worker.run()
     finally:
-        if engine is not None:
-            await engine.shutdown()
         await link.close()
 
 
-async def _forward(stop: asyncio.Event, worker: RolloutWorker) -> None:
-    await stop.wait()
-    worker.request_stop()
+def engine_compute_type(settings: RuntimeSettings, pool: RolloutPool) -> str:
+    """Number format that the pool's engine computes in."""
+    if pool.engine.simulated is not None:
+        return "Float32"
+    wanted = pool.engine.vllm or VllmPool()
+    return wanted.compute_type or settings.job.spec.training.compute_type.value
 
 
-async def _first_version(link: Link, stop: asyncio.Event) -> PublishedVersion | None:
-    """The first published version, which also names config and tokenizer; None when told to stop before."""
-    deadline = time.monotonic() + FIRST_VERSION_SECONDS
-    while not stop.is_set():
-        held = await link.read(KEY_PUBLISHED, PublishedVersion)
-        if held is not None:
-            return held.value
-        if time.monotonic() >= deadline:
-            raise DeadlineExceeded(
-                f"the trainer published no version within {FIRST_VERSION_SECONDS:g} s: look at its log"
-            )
-        await asyncio.sleep(0.2)
-    return None
-
-
-def _make_engine(settings: RuntimeSettings, pool: RolloutPool) -> tuple[InferenceEngine, str]:
-    """The pool's engine and the number format it computes in."""
-    spec = settings.job.spec
-    directory = settings.cache_dir / "model"
+def make_engine(settings: RuntimeSettings, pool: RolloutPool, directory: Path) -> InferenceEngine:
+    """The pool's engine on a folder with config and tokenizer; heavy imports happen here."""
     if pool.engine.simulated is not None:
         from rljob_runtime.rollout.simulated_engine import SimulatedEngine
 
-        return SimulatedEngine(directory, pool.engine.simulated), "Float32"
-    from rljob_api.pools import VllmEngine as VllmPool
+        return SimulatedEngine(directory, pool.engine.simulated)
     from rljob_runtime.rollout.vllm_engine import VllmEngine, VllmSettings
 
+    spec = settings.job.spec
     wanted = pool.engine.vllm or VllmPool()
-    compute_type = wanted.compute_type or spec.training.compute_type.value
-    engine_settings = VllmSettings(
-        max_model_len=spec.sampling.max_trajectory_tokens,
-        max_num_seqs=pool.max_concurrent_trajectories,
-        compute_type=compute_type,
-        kv_cache_bytes=wanted.kv_cache_bytes,
-        tensor_parallel_size=wanted.tensor_parallel_size,
-        enforce_eager=wanted.enforce_eager,
-        seed=zlib.crc32(f"{settings.worker}:{settings.incarnation}".encode()),
+    return VllmEngine(
+        directory,
+        VllmSettings(
+            max_model_len=spec.sampling.max_trajectory_tokens,
+            max_num_seqs=pool.max_concurrent_trajectories,
+            compute_type=wanted.compute_type or spec.training.compute_type.value,
+            kv_cache_bytes=wanted.kv_cache_bytes,
+            tensor_parallel_size=wanted.tensor_parallel_size,
+            enforce_eager=wanted.enforce_eager,
+            seed=zlib.crc32(f"{settings.worker}:{settings.incarnation}".encode()),
+        ),
     )
-    return VllmEngine(directory, engine_settings), compute_type
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
-"""vLLM's AsyncLLM in this process, behind the engine Protocol. Works with 0.32 (CPU wheel) and 0.33.
+"""vLLM's AsyncLLM behind the engine Protocol; written for the APIs of 0.32 and 0.33.
 
-What it takes care of, each once found the hard way: tied embeddings, fused shards, seeds with chunked prefill (off on
-CPUs), tokens outside the vocabulary (they kill the engine), the prefix cache after an update, engine-side version labels.
+vLLM and its processes trust their caller in ways that end the engine or, worse, quietly sample from wrong weights. Each
+guard here answers one of them: token ids outside the vocabulary, updates beside running requests, fused layers loaded in
+part, tied output layers (vllm_weights.py), prefix caches that outlive an update, requests that arrive while it is paused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import multiprocessing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,227 +26,320 @@ from rljob_api.weights import WeightManifest
 from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
 from rljob_runtime.rollout.vllm_environment import prepare_environment
 
+R = TypeVar("R")
+
 CPU_KV_CACHE_BYTES = 256 << 20
+"""Left to itself vLLM takes 0.92 of the machine's memory and writes zeros to all of it."""
 CPU_BLOCK_SIZE = 32
-MIN_BATCHED_TOKENS = 4096
-LATE_ABORT_SECONDS = 0.002
-FUSED_PARTNERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Tokens. Only whole blocks are reused, and 128, the default on a CPU, is longer than most turns."""
+CPU_MIN_BATCHED_TOKENS = 4096
+LATE_ABORT_SECONDS = 0.1
+KILLED_SECONDS = 5.0
+MAX_SEED = 1 << 31
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+LATENT_PARTNER = "kv_a_proj_with_mqa"
+"""Latent attention has a q_proj of its own beside this layer, and fuses nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """Engine settings of one worker."""
+    """One engine's settings. Lengths in tokens, sizes in bytes."""
 
     max_model_len: int
+    """Prompt and answer together; `score` takes one token less."""
     max_num_seqs: int
     compute_type: Literal["Float32", "BFloat16"]
     kv_cache_bytes: int | None = None
+    """None: vLLM's share of a GPU, or 256 MiB on a CPU."""
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    """On a CPU the engine is always eager."""
     seed: int = 0
+    """Of the engine's sampler. Engines of equal seeds sample alike: give each its own."""
     repack_tied: bool = True
-    """Off only to show that the probe finds what goes wrong without it."""
+    """False serves tied models with the output layer of an older version on a CPU; only for proving that a probe sees it."""
 
 
 class VllmEngine:
-    """One AsyncLLM. `start` first; see `engine.InferenceEngine` for the order of calls."""
+    """One AsyncLLM with its processes; see `engine.InferenceEngine` for the order of calls.
+
+    `GenerationRequest.seed` is not used: vLLM would start the same random numbers again for the rest of an interrupted
+    answer. Every call may raise EngineError; after the engine's process died, every call does.
+    """
 
     def __init__(self, model_directory: Path, settings: VllmSettings) -> None:
         self._directory = model_directory
         self._settings = settings
-        self._engine: Any = None
-        self._vocab_size = 0
-        self._probes = itertools.count()
+        self._started: Any = None
+        self._building: asyncio.Future[None] | None = None
+        self._sampling: Callable[..., Any]
+        self._processes: tuple[BaseProcess, ...] = ()
+        self._vocabulary = range(0)
+        self._numbers = itertools.count()
         self._in_flight: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loading: int | None = None
+        """Version whose update was begun and not finished. Stays set when it failed: the layers are then half loaded."""
 
     async def start(self) -> None:
-        """Start AsyncLLM with dummy weights from a folder with config and tokenizer files only."""
-        on_gpu = torch.cuda.is_available()
-        prepare_environment(on_gpu=on_gpu)
-        from vllm.config import WeightTransferConfig
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        """Start with dummy weights; the folder needs config.json and, for others, the tokenizer's files.
 
-        from rljob_runtime.rollout.vllm_weights import BACKEND
+        Importing and building take 10 s and more, in a thread, so that leases and heartbeats go on.
 
-        settings = self._settings
-        arguments: dict[str, Any] = {
-            "model": str(self._directory),
-            "load_format": "dummy",
-            "dtype": "float32" if settings.compute_type == "Float32" else "bfloat16",
-            "max_model_len": settings.max_model_len,
-            "max_num_seqs": settings.max_num_seqs,
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "enforce_eager": settings.enforce_eager or not on_gpu,
-            "seed": settings.seed % (1 << 31),
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",
-            "logprobs_mode": "processed_logprobs",
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "worker_extension_cls": "rljob_runtime.rollout.vllm_weights.Extension",
-            "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
-        }
-        if not on_gpu:
-            arguments |= {
-                "block_size": CPU_BLOCK_SIZE,
-                "kv_cache_memory_bytes": settings.kv_cache_bytes or CPU_KV_CACHE_BYTES,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, settings.max_model_len),
-            }
-        elif settings.kv_cache_bytes is not None:
-            arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+        Raises:
+            EngineError: the model or the settings are not usable, or the engine's process ended.
+        """
         try:
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-            await self._engine.init_weight_transfer_engine(
-                WeightTransferInitRequest(init_info={"repack_tied": settings.repack_tied})
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise EngineError(f"vLLM could not start: {error}") from error
-        self._vocab_size = int(self._engine.model_config.get_vocab_size())
+            self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
+            await asyncio.shield(self._building)
+            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+            transfer = WeightTransferInitRequest(init_info={"repack": self._settings.repack_tied})
+            await self._llm.init_weight_transfer_engine(transfer)
+            self._vocabulary = range(int(self._llm.model_config.get_vocab_size()))
+        except Exception as error:  # vLLM starts processes and reads models: it raises whatever they raise
+            await self.shutdown()
+            raise EngineError(f"vLLM did not start with {self._directory}: {_text(error)}") from error
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """Run one request to its end, or until `pause` aborts it."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self._check(request.prompt, request.request_id)
-        sampling = SamplingParams(
+        """Run one request to its end, or until `pause` aborts it; stops at `stop_token_ids` only."""
+        output = await self._run(
+            request.request_id,
+            request.prompt,
             temperature=request.temperature,
             max_tokens=request.max_tokens,
             stop_token_ids=list(request.stop_token_ids),
             ignore_eos=True,
             logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = (await self._run(request.prompt, sampling, request.request_id)).outputs[0]
-        tokens = tuple(int(token) for token in output.token_ids)
-        logprobs = tuple(
-            float(entry[token].logprob) for entry, token in zip(output.logprobs or (), tokens, strict=True)
+        (answer,) = output.outputs
+        tokens = tuple(int(token) for token in answer.token_ids)
+        if tokens and not answer.weight_versions:
+            raise EngineError(f"request {request.request_id}: the engine does not say which version sampled its tokens")
+        return Generation(
+            tokens=tokens,
+            logprobs=_logprobs_of(tokens, answer.logprobs or ()),
+            spans=tuple(
+                VersionSpan(_version(span.version), int(span.start), int(span.end))
+                for span in answer.weight_versions or ()
+            ),
+            finish=_finish(answer.finish_reason),
         )
-        spans = tuple(VersionSpan(_version(span.version), span.start, span.end) for span in output.weight_versions)
-        return Generation(tokens, logprobs, spans, _finish(output.finish_reason))
 
     async def pause(self) -> None:
-        """Abort everything in flight and stop scheduling; caches are cleared."""
-        await self._call("pause", self._engine.pause_generation(mode="abort", clear_cache=True))
-        # A request that was on its way when the engine paused waits there for the resume: it is aborted by name.
+        """Abort what is in flight, clear the caches and stop scheduling; returns once every `generate` has its partial."""
+        # AsyncLLM.pause_generation makes this same call, then sleeps 20 ms so that outputs may arrive: we see them arrive.
+        await self._call("pause", self._llm.engine_core.pause_scheduler_async(mode="abort", clear_cache=True))
         while self._in_flight:
-            await self._call("abort", self._engine.abort(list(self._in_flight)))
-            await asyncio.sleep(LATE_ABORT_SECONDS)
+            try:
+                async with asyncio.timeout(LATE_ABORT_SECONDS):
+                    await self._idle.wait()
+            except TimeoutError:
+                # What was still on its way when the engine paused is queued there until the resume: abort it by name.
+                await self._call("abort", self._llm.abort(tuple(self._in_flight)))
 
     async def apply(self, manifest: WeightManifest, weights: Path) -> None:
-        """Load a version; everything that can be checked is checked before the engine is touched."""
+        """Load `weights` as `manifest.version`.
+
+        Raises:
+            EngineError: requests are in flight, or the file is not whole; the engine is as it was.
+            EnginePoisoned: the update had begun and failed; the next request would end the engine.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        _check_file(weights)
+        check_weights_file(weights)
+        self._refuse_unless_loaded()
+        if self._in_flight:  # vLLM's layers are empty during an update, and a step over them ends the engine
+            raise EngineError(f"version {manifest.version} was to be loaded beside {len(self._in_flight)} requests")
+        self._loading = manifest.version
         try:
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
-            await self._engine.finish_weight_update(str(manifest.version))
-            await self._engine.reset_prefix_cache()
-        except Exception as error:  # whatever happened, the weights are half loaded now
-            raise EnginePoisoned(f"{type(error).__name__}: {error}") from error
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(weights)}))
+            await self._llm.finish_weight_update(str(manifest.version))
+            cleared = await self._llm.reset_prefix_cache()
+        except Exception as error:  # whatever it was, the layers may be half loaded now
+            raise EnginePoisoned(f"loading version {manifest.version} failed part-way: {_text(error)}") from error
+        if not cleared:
+            raise EnginePoisoned(f"the prefix cache was not cleared after version {manifest.version} was loaded")
+        self._loading = None
 
     async def resume(self) -> None:
         """Schedule again."""
-        await self._call("resume", self._engine.resume_generation())
+        await self._call("resume", self._llm.resume_generation())
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
-        """Prompt log-probabilities: raw, so at temperature 1 whatever the sampling."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self._check(tokens, "probe")
-        sampling = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        output = await self._run(tokens, sampling, f"probe-{next(self._probes)}")
-        scored = output.prompt_logprobs or []
-        return tuple(float(entry[token].logprob) for entry, token in zip(scored[1:], tokens[1:], strict=True))
+        """Log-probabilities of tokens[1:]: vLLM's are raw for prompts, whatever temperature a request has."""
+        output = await self._run("score", tokens, temperature=1.0, max_tokens=1, prompt_logprobs=0)
+        if _finish(output.outputs[0].finish_reason) == "aborted":
+            raise EngineError("scoring was interrupted by a pause")
+        return _logprobs_of(tokens[1:], (output.prompt_logprobs or [None])[1:])
 
     async def shutdown(self) -> None:
-        """Stop the engine and its processes."""
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.shutdown)
-            self._engine = None
+        """Stop the engine and its processes; a request in flight ends as aborted. Idempotent.
 
-    async def _run(self, prompt: tuple[int, ...], sampling: Any, request_id: str) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        last = None
-        self._in_flight.add(request_id)
+        After a cancelled `start` it waits for what that was building: a thread cannot be stopped, only its result.
+        """
+        if self._building is not None:
+            await asyncio.wait({self._building})
+        llm, self._started = self._started, None
+        if llm is None:
+            return
         try:
-            async for output in self._engine.generate({"prompt_token_ids": list(prompt)}, sampling, request_id):
-                last = output
-        except EngineDeadError as error:
-            raise EngineError("the engine died: it must be started again") from error
-        except (EngineGenerateError, ValueError) as error:
-            raise EngineError(f"request {request_id} was refused: {error}") from error
+            await self._call("abort", llm.abort(tuple(self._in_flight)))
+        except EngineError:
+            pass  # it died before, and took its requests with it
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # or it logs the engine's death as an error
+        await asyncio.to_thread(_stop, llm, self._processes)
+        del llm
+        gc.collect()  # AsyncLLM is part of reference cycles, and its finaliser fails if the interpreter's end calls it
+
+    @property
+    def _llm(self) -> Any:
+        if self._started is None:
+            raise EngineError("the engine is not running: it was not started, or was shut down")
+        return self._started
+
+    def _refuse_unless_loaded(self) -> None:
+        if self._loading is not None:
+            raise EnginePoisoned(f"version {self._loading} was begun to be loaded and not finished: restart the engine")
+
+    def _build(self) -> None:
+        on_gpu = torch.cuda.is_available()
+        prepare_environment(on_gpu=on_gpu)
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from rljob_runtime.rollout.vllm_weights import BACKEND, WeightWorker
+
+        settings = self._settings
+        arguments: dict[str, Any] = {
+            "model": str(self._directory),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "dtype": settings.compute_type.lower(),
+            "max_model_len": settings.max_model_len,
+            "max_num_seqs": settings.max_num_seqs,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "kv_cache_memory_bytes": settings.kv_cache_bytes,
+            "enforce_eager": settings.enforce_eager,
+            "seed": settings.seed % MAX_SEED,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+            "worker_extension_cls": f"{WeightWorker.__module__}.{WeightWorker.__qualname__}",
+            "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+        }
+        if not on_gpu:
+            arguments |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": settings.kv_cache_bytes or CPU_KV_CACHE_BYTES,
+                "block_size": CPU_BLOCK_SIZE,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_MIN_BATCHED_TOKENS, settings.max_model_len),
+            }
+        # Made for each request and nowhere kept: vLLM needs no deep copy of it, a fifth of the front end's time.
+        self._sampling = partial(
+            SamplingParams, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True
+        )
+        before = set(multiprocessing.active_children())
+        # Kept here only: what a thread returns stays in its future, and is finalised at the interpreter's end.
+        self._started = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._processes = tuple(process for process in multiprocessing.active_children() if process not in before)
+
+    async def _run(self, name: str, prompt: tuple[int, ...], **sampling: Any) -> Any:
+        """Submit, and wait for the one output at the end."""
+        unknown = [token for token in prompt if token not in self._vocabulary]
+        if unknown:  # without a tokenizer vLLM does not look, and the lookup ends the engine with all its requests
+            raise EngineError(
+                f"request {name}: token {unknown[0]} is not among the {len(self._vocabulary)} of the model"
+            )
+        self._refuse_unless_loaded()
+        request_id = f"{name}-{next(self._numbers)}"
+        self._in_flight.add(request_id)
+        self._idle.clear()
+        try:
+            return await self._call(f"request {name}", self._final_output(request_id, prompt, sampling))
         finally:
             self._in_flight.discard(request_id)
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _final_output(self, request_id: str, prompt: tuple[int, ...], sampling: dict[str, Any]) -> Any:
+        # Typed "token", the prompt is taken as it is; a bare list would go through the tokenizer's thread.
+        tokens = {"type": "token", "prompt_token_ids": list(prompt)}
+        last = None
+        async for output in self._llm.generate(tokens, self._sampling(**sampling), request_id):
+            last = output
         if last is None:
-            raise EngineError(f"request {request_id} ended without any output")
+            raise EngineError(f"request {request_id} ended without an output")
         return last
 
-    async def _call(self, what: str, call: Any) -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
+    async def _call(self, what: str, call: Awaitable[R]) -> R:
+        from vllm.exceptions import VLLMError
 
         try:
-            await call
-        except EngineDeadError as error:
-            raise EngineError(f"{what}: the engine died: it must be started again") from error
+            return await call
+        except (VLLMError, ValueError, RuntimeError) as error:
+            raise EngineError(f"{what}: {_text(error)}") from error
 
-    def _check(self, tokens: tuple[int, ...], request_id: str) -> None:
-        # Without a tokenizer vLLM does not check this itself, and an unknown id ends the engine with all its requests.
-        outside = [token for token in tokens if not 0 <= token < self._vocab_size]
-        if outside:
-            raise EngineError(
-                f"request {request_id}: token {outside[0]} is outside the vocabulary of {self._vocab_size} tokens"
-            )
+
+def check_weights_file(path: Path) -> None:
+    """Refuse a file that would leave an engine half loaded; reads its header only.
+
+    Raises:
+        EngineError: it is not a whole safetensors file, or holds a part of a fused layer without the others (vLLM then
+            computes NaN and reports no error).
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = frozenset(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise EngineError(f"weights {path.name} cannot be read: {error}") from error
+    for name in sorted(names):
+        path_of_layer, _, kind = name.rpartition(".")
+        parent, _, layer = path_of_layer.rpartition(".")
+        for partners in (fused for fused in FUSED if layer in fused):
+            missing = [partner for partner in partners if f"{parent}.{partner}.{kind}" not in names]
+            is_latent = layer == "q_proj" and f"{parent}.{LATENT_PARTNER}.{kind}" in names
+            if missing and not is_latent:
+                raise EngineError(f"weights {path.name} hold {name} without {missing[0]}: vLLM fuses them into one")
+
+
+def _stop(llm: Any, processes: Sequence[BaseProcess]) -> None:
+    llm.shutdown()
+    for process in processes:  # vLLM kills what has not ended in time, and does not wait for its end
+        process.join(KILLED_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _logprobs_of(tokens: tuple[int, ...], entries: Any) -> tuple[float, ...]:
+    if len(entries) != len(tokens):
+        raise EngineError(f"the engine returned {len(entries)} log-probabilities for {len(tokens)} tokens")
+    return tuple(float(entry[token].logprob) for token, entry in zip(tokens, entries, strict=True))
 
 
 def _version(label: str) -> int:
-    try:
-        return int(label)
-    except ValueError as error:
-        raise EngineError(f"the engine sampled tokens under the label {label!r}: no version was loaded yet") from error
+    if not label.isdecimal():
+        raise EngineError(f"tokens were sampled under the label {label!r}, which no loaded version has")
+    return int(label)
 
 
 def _finish(reason: str | None) -> Literal["stop", "length", "aborted"]:
     match reason:
-        case "stop":
-            return "stop"
-        case "length":
-            return "length"
+        case "stop" | "length":
+            return reason
         case "abort":
             return "aborted"
-    raise EngineError(f"unknown finish reason {reason!r} from the engine")
+        case _:
+            raise EngineError(f"the engine ended a request with reason {reason!r}")
 
 
-def _check_file(path: Path) -> None:
-    """Refuse a file that would leave the engine half loaded.
-
-    Raises:
-        EngineError: it is no safetensors file, or a fused layer's partner is missing.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise EngineError(f"{path.name} cannot be read: {error}") from error
-    for partners in FUSED_PARTNERS:
-        for name in names:
-            parts = name.split(".")
-            if not any(part in partners for part in parts):
-                continue
-            position = next(i for i, part in enumerate(parts) if part in partners)
-            missing = [
-                partner
-                for partner in partners
-                if ".".join((*parts[:position], partner, *parts[position + 1 :])) not in names
-            ]
-            if missing:
-                raise EngineError(f"{path.name} has {name} without {missing}: a fused layer must be loaded whole")
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

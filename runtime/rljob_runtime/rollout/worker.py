@@ -1,501 +1,415 @@
-"""The rollout worker: leases samples, plays episodes, and carries out its version machine's effects.
-
-produces    trajectories, the worker's own state, acks and releases of leases
-consumes    tasks; desired and published versions; coordinator heartbeats; weight blobs
-waits for   room for another episode, a leased task, the machine's next event
-unblocked by  finished episodes, hints and timers; SIGTERM drains; a poisoned engine ends the process
-"""
+"""The shell of a rollout worker: the worker's machine, the engine behind its gate, and the episodes in front of it."""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 
-from rljob_api.errors import (
-    BlobCorrupt,
-    DeadlineExceeded,
-    EngineError,
-    EnginePoisoned,
-    EnvironmentFailure,
-    MalformedMessage,
-    ProtocolError,
-    StorageError,
-)
-from rljob_api.messages import (
-    CoordinatorHeartbeat,
-    DesiredVersion,
-    PublishedVersion,
-    WorkerCounters,
-    WorkerPhase,
-    WorkerState,
-)
+from rljob_api.errors import EngineError, ProtocolError, RljobError, SpecError, StorageError
+from rljob_api.messages import CoordinatorHeartbeat, DesiredVersion, PublishedVersion, WorkerPhase, WorkerState
 from rljob_api.names import KEY_COORDINATOR, KEY_DESIRED, KEY_PUBLISHED, worker_key
 from rljob_api.spec import RLJobSpec
-from rljob_api.weights import WeightManifest
 from rljob_protocol import worker as machine
 from rljob_protocol.link import Link
-from rljob_protocol.streams import ClaimedTask, TaskQueue, TrajectoryLog
+from rljob_protocol.streams import TaskQueue, TrajectoryLog
+from rljob_protocol.worker import (
+    Apply,
+    CoordinatorBeat,
+    DesiredSeen,
+    DrainRequested,
+    Event,
+    Fetch,
+    OpenGate,
+    Poison,
+    Probe,
+    PublishedSeen,
+    Report,
+    ShutGate,
+    Tick,
+    WorkerSettings,
+)
+from rljob_runtime.environments.factory import check_environment, make_environment
+from rljob_runtime.logs import fields
 from rljob_runtime.rollout.engine import InferenceEngine
-from rljob_runtime.rollout.episode import Episode
+from rljob_runtime.rollout.environment_threads import EnvironmentThreads
+from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings
 from rljob_runtime.rollout.gate import Gate
-from rljob_runtime.rollout.probe_check import check_probe
 from rljob_runtime.rollout.rendering import Renderer
-from rljob_runtime.trajectory_codec import Trajectory, encode_trajectory
+from rljob_runtime.rollout.samples import SampleRunner
+from rljob_runtime.rollout.swapper import Swapper
+from rljob_runtime.rollout.tally import Tally
+from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.weights.blobs import BlobStore
-from rljob_runtime.weights.fetch import drop_cached_versions, fetch_manifest, fetch_weights
+from rljob_runtime.weights.fetch import fetch_manifest, fetch_model_files
 
-REPORT_SECONDS = 1.0
-EXTEND_SECONDS = 4.0
-CLAIM_WAIT_SECONDS = 1.0
-NOT_YET_SECONDS = 0.2
-"""How long a task waits whose minVersion is not served yet."""
-RETRY_ENVIRONMENT_SECONDS = 2.0
-DRAIN_SECONDS = 20.0
-SEND_SECONDS = 5.0
-"""How long a drain waits for trajectories that are on their way to the stream."""
-CANCEL_ROUNDS = 10
-MAX_PAUSES = 64
-MAX_ENVIRONMENT_THREADS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who this worker is."""
-
-    worker: str
-    pool: str
-    incarnation: str
+EXIT_STOPPED = 0
+EXIT_RESTART = 70
+"""The engine cannot be trusted or the worker broke: the host starts a new incarnation."""
+EXIT_CONFIGURATION = 78
+"""The job is wrong for this worker: another incarnation would end the same way."""
+TICK_SECONDS = 0.25
+BEAT_SECONDS = 1.0
+RATE_WINDOW_SECONDS = 10.0
+FIRST_VERSION_SECONDS = 0.5
+DRAIN_SHUT_SECONDS = 10.0
+DRAIN_GRACE_SECONDS = 5.0
+LAST_REPORT_SECONDS = 5.0
+SHUTDOWN_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A fetched version: verified bytes and what they are."""
+class _End:
+    """Why the worker stops."""
 
-    manifest: WeightManifest
-    weights: Path
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counters that the gate does not know."""
-
-    delivered: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    continued: int = 0
-    trajectories: int = 0
-    environment_failures: int = 0
-    swaps_failed: int = 0
-
-    def drop(self, tokens: int, reason: str) -> None:
-        if tokens:
-            self.dropped[reason] = self.dropped.get(reason, 0) + tokens
+    code: int
+    reason: str
 
 
 class RolloutWorker:
-    """One engine, many episodes. `run` ends when drained; it raises `EnginePoisoned` when the engine must be restarted."""
+    """One incarnation of one worker, from its start to its exit code.
+
+    Produces: trajectories; its own state, once a second and at every transition.
+    Consumes: tasks; the keys `desired` and `published`; the coordinator's heartbeat; weight blobs.
+    Waits for: the first published version; then whatever its machine, its gate and its samples wait for.
+    Unblocked by: the trainer, the coordinator, hints and timers; ended by `request_drain` or a poisoned engine.
+    """
 
     def __init__(
         self,
-        *,
-        identity: Identity,
-        spec: RLJobSpec,
-        max_concurrent: int,
+        settings: RuntimeSettings,
         link: Link,
+        queue: TaskQueue,
+        log: TrajectoryLog,
         store: BlobStore,
-        engine: InferenceEngine,
+        make_engine: Callable[[Path], InferenceEngine],
+        *,
         engine_compute_type: str,
-        renderer: Renderer,
-        cache: Path,
-        logger: logging.Logger,
-        wall_clock: Callable[[], float] = time.time,
+        lease_seconds: float = 30.0,
     ) -> None:
-        self._identity = identity
-        self._spec = spec
-        self._max_concurrent = max_concurrent
+        self._settings = settings
+        self._spec: RLJobSpec = settings.job.spec
+        self._pool = settings.rollout_pool()
         self._link = link
+        self._queue = queue
+        self._log = log
         self._store = store
-        self._engine = engine
+        self._make_engine = make_engine
         self._engine_compute_type = engine_compute_type
-        self._renderer = renderer
-        self._cache = cache
-        self._logger = logger
-        self._wall_clock = wall_clock
-        self._gate = Gate(engine)
-        self._queue = TaskQueue(link)
-        self._log = TrajectoryLog(link)
-        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_ENVIRONMENT_THREADS, "environment")
-        settings = machine.WorkerSettings(coordinator_timeout_seconds=spec.weight_sync.coordinator_timeout_seconds)
-        self._state = machine.new_state(settings, time.monotonic())
-        self._events: asyncio.Queue[machine.Event] = asyncio.Queue(maxsize=1024)
-        self._ready: Ready | None = None
-        self._fetching: asyncio.Task[None] | None = None
-        self._episodes: dict[asyncio.Task[None], Episode] = {}
-        self._sending: set[asyncio.Task[None]] = set()
-        self._stored: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
-        self._freed = asyncio.Event()
+        self._lease_seconds = lease_seconds
         self._tally = Tally()
-        self._pauses: deque[float] = deque(maxlen=MAX_PAUSES)
-        self._shut_at = 0.0
-        self._interruptions = 0
+        self._machine: machine.WorkerState = machine.new_state(
+            WorkerSettings(coordinator_timeout_seconds=self._spec.weight_sync.coordinator_timeout_seconds),
+            time.monotonic(),
+        )
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._report_now = asyncio.Event()
+        self._drain = asyncio.Event()
+        self._end: asyncio.Future[_End] | None = None
+        self._engine: InferenceEngine | None = None
+        self._gate: Gate | None = None
+        self._samples: SampleRunner | None = None
+        self._threads: EnvironmentThreads | None = None
+        self._rates: deque[tuple[float, int]] = deque()
+        self._serving_since: float | None = None
         self._revision = 0
-        self._started_at = time.monotonic()
-        self._last_rate: tuple[float, int] = (self._started_at, 0)
-        self._rate = 0.0
-        self._report_lock = asyncio.Lock()
-        self._stop = asyncio.Event()
-        self._phase = WorkerPhase.STARTING
+        self._message = "waiting for the first published version"
+        self._logger = logging.getLogger(__name__)
 
-    def request_stop(self) -> None:
-        """Drain and end: what SIGTERM asks for."""
-        self._stop.set()
+    def request_drain(self) -> None:
+        """Stop cleanly: what SIGTERM asks for. Safe to call from a signal handler of the loop, and more than once."""
+        self._drain.set()
 
-    async def run(self) -> None:
-        """Serve until asked to stop.
-
-        Raises:
-            EnginePoisoned: the engine can no longer be trusted; the process must be restarted.
-            EngineError: the engine died.
-        """
+    async def run(self) -> int:
+        """Work until drained or poisoned; the process's exit code. The last state is written before it returns."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                loops = [
-                    tasks.create_task(loop)
-                    for loop in (
-                        self._follow_desired(),
-                        self._follow_published(),
-                        self._watch_coordinator(),
-                        self._drive(tasks),
-                        self._claim(tasks),
-                        self._report_for_ever(),
-                    )
-                ]
-                await self._stop.wait()
-                # Ended, not only told to: a claim that comes back after the drain has looked would start episodes that wait
-                # at the shut gate for ever.
-                await _ended(loops)
-                if self._fetching is not None:
-                    self._fetching.cancel()
-                await self._drain()
-        except ExceptionGroup as group:
-            error = _first(group)
-            if isinstance(error, EngineError):
-                await self._last_words(WorkerPhase.POISONED, str(error))
-            raise error from None
+            end = await self._run_until_ended()
+            await self._report_end(end)
+            return end.code
         finally:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            if self._threads is not None:
+                self._threads.close()
+            await self._shut_engine_down()
 
-    # ------------------------------------------------------------------------------------------------ version machine
+    async def _run_until_ended(self) -> _End:
+        self._end = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.TaskGroup() as group:
+                work = group.create_task(self._work())
+                end = await self._end
+                work.cancel()
+                return end
+        except* SpecError as errors:
+            end = _End(EXIT_CONFIGURATION, "; ".join(str(error) for error in _leaves(errors)))
+        except* RljobError as errors:
+            end = _End(EXIT_RESTART, "; ".join(str(error) for error in _leaves(errors)))
+        return end
+
+    async def _report_end(self, end: _End) -> None:
+        phase = WorkerPhase.STOPPED if end.code == EXIT_STOPPED else WorkerPhase.POISONED
+        self._logger.log(
+            logging.INFO if end.code == EXIT_STOPPED else logging.ERROR,
+            "stopped",
+            extra=fields(exit_code=end.code, reason=end.reason, tokens_generated=self._tally.tokens_generated),
+        )
+        try:
+            async with asyncio.timeout(LAST_REPORT_SECONDS):
+                state = self._state().model_copy(update={"phase": phase, "message": end.reason})
+                await self._link.beat(worker_key(self._settings.worker), state)
+        except (ProtocolError, TimeoutError) as error:
+            self._logger.warning("the last state could not be written", extra=fields(error=str(error)))
+
+    # -------------------------------------------------------------------------------------------------- start-up
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._report_loop())
+            group.create_task(self._drain_loop())
+            await self._start(group)
+
+    async def _start(self, group: asyncio.TaskGroup) -> None:
+        spec = self._spec
+        violations = await asyncio.to_thread(check_environment, spec.environment.name, spec.environment.parameters)
+        if violations:
+            raise SpecError(violations)
+        model_dir = await self._fetch_model_files()
+        renderer = await asyncio.to_thread(Renderer, model_dir)  # importing its library takes seconds
+        self._message = "starting the engine"
+        self._engine = engine = self._make_engine(model_dir)
+        await engine.start()
+        self._logger.info("engine started", extra=fields(model_directory=str(model_dir)))
+        self._message = "loading the first version"
+
+        self._gate = gate = Gate(engine, self._tally, time.monotonic)
+        swapper = Swapper(
+            self._store, engine, gate, self._settings.cache_dir, engine_compute_type=self._engine_compute_type
+        )
+        self._threads = EnvironmentThreads(self._pool.max_concurrent_trajectories, spec.environment.timeout_seconds)
+        self._samples = SampleRunner(
+            self._queue,
+            self._log,
+            EpisodeParts(
+                lambda seed: make_environment(spec.environment.name, spec.environment.parameters, seed),
+                renderer,
+                gate,
+                self._threads,
+                time.time,
+            ),
+            EpisodeSettings(
+                spec.sampling.temperature,
+                spec.sampling.max_tokens,
+                spec.sampling.max_trajectory_tokens,
+                self._settings.worker,
+                self._settings.incarnation,
+            ),
+            self._tally,
+            self._serving_version,
+            max_concurrent=self._pool.max_concurrent_trajectories,
+            max_attempts=spec.environment.max_attempts,
+            extend_seconds=self._lease_seconds / 3,
+        )
+        group.create_task(self._drive(swapper, group))
+        group.create_task(self._follow_desired())
+        group.create_task(self._follow_published())
+        group.create_task(self._watch_coordinator())
+        group.create_task(self._tick())
+        group.create_task(self._samples.run())
+
+    async def _fetch_model_files(self) -> Path:
+        """Config and tokenizer of the newest published version, as soon as there is one.
+
+        Waits for: the trainer's first version, and a store that has it. Unblocked by: a timer that looks again.
+        """
+        directory = self._settings.cache_dir / "model"
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                seen = await self._link.read(KEY_PUBLISHED, PublishedVersion)
+                if seen is not None:
+                    manifest = await fetch_manifest(self._store, seen.value.manifest, self._settings.cache_dir)
+                    await fetch_model_files(self._store, manifest, directory)
+                    return directory
+            except (StorageError, ProtocolError) as error:
+                self._logger.warning("the model files could not be fetched", extra=fields(error=str(error)))
+            await asyncio.sleep(FIRST_VERSION_SECONDS)
+
+    def _serving_version(self) -> int | None:
+        serving = self._machine.serving
+        return None if serving is None else serving.version
+
+    # --------------------------------------------------------------------------------- the machine and its effects
+
+    async def _drive(self, swapper: Swapper, group: asyncio.TaskGroup) -> None:
+        """Feed the machine, one event at a time, and start what it orders.
+
+        Produces: effects.
+        Consumes: events.
+        Waits for: the next event.
+        Unblocked by: followers of keys, ticks, the results of effects.
+        """
+        while True:
+            event = await self._events.get()
+            self._machine, effects = machine.step(self._machine, event, time.monotonic())
+            for effect in effects:
+                match effect:
+                    case Fetch(published):
+                        self._answer(group, swapper.fetch(published))
+                    case ShutGate():
+                        self._answer(group, swapper.shut(self._machine.settings.gate_timeout_seconds * 0.9))
+                    case Apply(published):
+                        self._answer(group, swapper.apply(published))
+                    case Probe(published):
+                        self._answer(group, swapper.probe(published))
+                    case OpenGate():
+                        self._opened()
+                    case Poison(reason):
+                        self._stop(EXIT_RESTART, reason)
+                    case Report():
+                        self._report_now.set()
+
+    def _answer(self, group: asyncio.TaskGroup, effect: Coroutine[object, object, Event]) -> None:
+        async def run() -> None:
+            self._events.put_nowait(await effect)
+
+        group.create_task(run())
+
+    def _opened(self) -> None:
+        assert self._gate is not None
+        assert self._samples is not None
+        self._gate.open()
+        if self._serving_since is None:
+            self._serving_since = time.monotonic()
+        self._message = ""
+        self._samples.version_changed()
+        pauses = self._gate.pause_seconds
+        self._logger.info(
+            "version served",
+            extra=fields(
+                weight_version=self._serving_version(),
+                tokens_in_flight=self._gate.tokens_in_flight,
+                pause_seconds=round(pauses[-1], 4) if pauses else None,
+            ),
+        )
 
     async def _follow_desired(self) -> None:
-        names = self._link.names
-        async for seen in self._link.follow(KEY_DESIRED, DesiredVersion, hint_subject=names.desired_hint):
-            await self._events.put(machine.DesiredSeen(seen.value))
+        hint = self._settings.job_names.desired_hint
+        async for seen in self._link.follow(KEY_DESIRED, DesiredVersion, hint_subject=hint):
+            self._events.put_nowait(DesiredSeen(seen.value))
 
     async def _follow_published(self) -> None:
-        async for seen in self._link.follow(KEY_PUBLISHED, PublishedVersion):
-            await self._events.put(machine.PublishedSeen(seen.value))
+        hint = self._settings.job_names.published_hint
+        async for seen in self._link.follow(KEY_PUBLISHED, PublishedVersion, hint_subject=hint):
+            self._events.put_nowait(PublishedSeen(seen.value))
 
     async def _watch_coordinator(self) -> None:
+        interval = min(BEAT_SECONDS, self._machine.settings.coordinator_timeout_seconds / 4)
         while True:
             try:
                 beat = await self._link.read_live(KEY_COORDINATOR, CoordinatorHeartbeat)
-            except (DeadlineExceeded, MalformedMessage) as error:
-                self._logger.warning("coordinator heartbeat was not read", extra={"error": str(error)})
+            except ProtocolError as error:  # an outage: the machine's own timer decides what follows from it
+                self._logger.warning("the coordinator's heartbeat could not be read", extra=fields(error=str(error)))
             else:
                 if beat is not None:
-                    await self._events.put(machine.CoordinatorBeat(beat.beat))
-            await self._events.put(machine.Tick())
-            await asyncio.sleep(1.0)
+                    self._events.put_nowait(CoordinatorBeat(beat.beat))
+            await asyncio.sleep(interval)
 
-    async def _drive(self, tasks: asyncio.TaskGroup) -> None:
+    async def _tick(self) -> None:
         while True:
-            # Results of effects are handled at once, never through the bounded queue that only this loop empties.
-            pending: deque[machine.Event] = deque([await self._events.get()])
-            while pending:
-                self._state, effects = machine.step(self._state, pending.popleft(), time.monotonic())
-                for effect in effects:
-                    result = await self._perform(effect, tasks)
-                    if result is not None:
-                        pending.append(result)
+            await asyncio.sleep(TICK_SECONDS)
+            self._events.put_nowait(Tick())
 
-    async def _perform(self, effect: machine.Effect, tasks: asyncio.TaskGroup) -> machine.Event | None:
-        match effect:
-            case machine.Fetch(published):
-                if self._fetching is not None:
-                    self._fetching.cancel()
-                self._fetching = tasks.create_task(self._fetch(published))
-            case machine.ShutGate():
-                return await self._shut()
-            case machine.Apply(published):
-                return await self._apply(published)
-            case machine.Probe(published):
-                return await self._probe(published)
-            case machine.OpenGate():
-                self._gate.open()
-                self._phase = WorkerPhase.SERVING
-                if self._shut_at:
-                    self._interruptions += 1
-                    self._pauses.append(time.monotonic() - self._shut_at)
-                self._logger.info("weight version served", extra={"weight_version": self._serving_version()})
-            case machine.Report():
-                tasks.create_task(self._report())
-            case machine.Poison(reason):
-                self._tally.swaps_failed += 1
-                raise EnginePoisoned(reason)
-        return None
+    # --------------------------------------------------------------------------------------------------- the end
 
-    async def _fetch(self, published: PublishedVersion) -> None:
-        """Bytes are brought and verified while generation goes on."""
-        try:
-            manifest = await fetch_manifest(self._store, published.manifest, self._cache)
-            weights = await fetch_weights(self._store, manifest, self._cache)
-        except (StorageError, ProtocolError) as error:
-            self._logger.warning(
-                "weight version could not be fetched", extra={"weight_version": published.version, "error": str(error)}
-            )
-            await self._events.put(machine.FetchFailed(published, str(error), isinstance(error, BlobCorrupt)))
+    async def _drain_loop(self) -> None:
+        """Produces: the end of the process. Consumes: a drain request. Waits for: that. Unblocked by: SIGTERM."""
+        await self._drain.wait()
+        self._logger.info("draining", extra=fields(episodes=self._samples.running if self._samples else 0))
+        self._events.put_nowait(DrainRequested())
+        if self._samples is not None and self._gate is not None:
+            if not self._machine.is_swapping:  # else the gate is shut already, and the engine busy with the swap
+                try:
+                    await self._gate.shut(DRAIN_SHUT_SECONDS)
+                except (ProtocolError, EngineError) as error:
+                    self._logger.warning("the engine did not pause for the drain", extra=fields(error=str(error)))
+            await self._samples.stop_claiming(DRAIN_GRACE_SECONDS)
+        self._stop(EXIT_STOPPED, "drained")
+
+    def _stop(self, code: int, reason: str) -> None:
+        assert self._end is not None
+        if code == EXIT_RESTART and self._samples is not None:
+            self._samples.engine_failed()
+        if not self._end.done():
+            self._end.set_result(_End(code, reason))
+
+    async def _shut_engine_down(self) -> None:
+        if self._engine is None:
             return
-        self._ready = Ready(manifest, weights)
-        await self._events.put(machine.Fetched(published))
-
-    async def _shut(self) -> machine.Event:
-        first = self._serving_version() is None
-        self._shut_at = 0.0 if first else time.monotonic()
-        self._phase = WorkerPhase.STARTING if first else WorkerPhase.SWAPPING
         try:
-            await self._gate.shut(deadline_seconds=self._state.settings.gate_timeout_seconds)
-        except DeadlineExceeded as error:
-            return machine.GateStuck(str(error))
-        return machine.GateShut()
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
+                await self._engine.shutdown()
+        except (EngineError, TimeoutError) as error:
+            self._logger.warning("the engine did not shut down", extra=fields(error=str(error)))
 
-    async def _apply(self, published: PublishedVersion) -> machine.Event:
-        ready = self._ready
-        if ready is None or ready.manifest.version != published.version:
-            return machine.ApplyFailed(published, "its bytes are not here")
-        try:
-            await self._engine.apply(ready.manifest, ready.weights)
-            await self._engine.resume()
-        except EngineError as error:
-            return machine.ApplyFailed(published, str(error))
-        return machine.Applied(published)
+    # ---------------------------------------------------------------------------------------------------- reports
 
-    async def _probe(self, published: PublishedVersion) -> machine.Event:
-        ready = self._ready
-        if ready is None:
-            return machine.ProbeFailed(published, "its manifest is not here")
-        try:
-            scored = await self._engine.score(ready.manifest.probe.tokens)
-        except EngineError as error:
-            return machine.ProbeFailed(published, str(error))
-        result = check_probe(ready.manifest.probe, scored, self._engine_compute_type)
-        if not result.passed:
-            return machine.ProbeFailed(published, result.reason)
-        drop_cached_versions(self._cache, {ready.weights})
-        return machine.ProbePassed(published)
-
-    def _serving_version(self) -> int | None:
-        return None if self._state.serving is None else self._state.serving.version
-
-    # ------------------------------------------------------------------------------------------------------ episodes
-
-    async def _claim(self, tasks: asyncio.TaskGroup) -> None:
+    async def _report_loop(self) -> None:
+        """Produces: the worker's state. Consumes: counters. Waits for: a second. Unblocked by: a transition, too."""
         while True:
-            serving = self._serving_version()
-            if serving is None:
-                await asyncio.sleep(0.05)
-                continue
-            room = self._max_concurrent - len(self._episodes)
-            if room <= 0:
-                self._freed.clear()
-                await self._freed.wait()
-                continue
-            for claimed in await self._queue.claim(room, CLAIM_WAIT_SECONDS):
-                if claimed.task.min_version > (self._serving_version() or 0):
-                    # Too old to start it; the new version is on its way.
-                    await claimed.release(NOT_YET_SECONDS)
-                    continue
-                self._start(claimed, tasks)
-
-    def _start(self, claimed: ClaimedTask, tasks: asyncio.TaskGroup) -> None:
-        episode = Episode(
-            task=claimed.task,
-            attempt=claimed.attempt,
-            worker=self._identity.worker,
-            incarnation=self._identity.incarnation,
-            spec=self._spec,
-            gate=self._gate,
-            renderer=self._renderer,
-            threads=self._threads,
-            clock=self._wall_clock,
-        )
-        task = tasks.create_task(self._play(episode, claimed))
-        self._episodes[task] = episode
-
-    async def _play(self, episode: Episode, claimed: ClaimedTask) -> None:
-        current = asyncio.current_task()
-        extending = asyncio.create_task(self._extend(claimed))
-        try:
-            await self._play_and_deliver(episode, claimed)
-        finally:
-            extending.cancel()
-            if current is not None:
-                self._episodes.pop(current, None)
-            self._freed.set()
-
-    async def _play_and_deliver(self, episode: Episode, claimed: ClaimedTask) -> None:
-        try:
-            trajectory = await episode.run()
-        except EnvironmentFailure as error:
-            self._tally.environment_failures += 1
-            self._logger.warning(
-                "environment failed",
-                extra={
-                    "task": claimed.task.task,
-                    "sample": claimed.task.sample,
-                    "attempt": claimed.attempt,
-                    "error": str(error),
-                },
-            )
-            if claimed.attempt < self._spec.environment.max_attempts:
-                self._tally.drop(episode.num_model_tokens, "EnvironmentFailed")
-                await claimed.release(RETRY_ENVIRONMENT_SECONDS)
-                return
-            trajectory = episode.failed(str(error))
-        await self._deliver(trajectory, claimed)
-
-    async def _deliver(self, trajectory: Trajectory, claimed: ClaimedTask) -> None:
-        """Store, then ack: a crash in between repeats the sample, and the first one counts."""
-        header = trajectory.header
-        try:
-            data = encode_trajectory(trajectory)
-        except MalformedMessage as error:
-            self._logger.error("trajectory refused before it was sent", extra={"error": str(error)})
-            self._tally.drop(trajectory.num_model_tokens, "Malformed")
-            await claimed.release(RETRY_ENVIRONMENT_SECONDS)
-            return
-        current = asyncio.current_task()
-        assert current is not None
-        self._sending.add(current)
-        try:
-            await self._log.append(header.task, header.sample, data)
-            # Before the ack: what the stream has taken is delivered, whatever becomes of the lease.
-            self._stored.add(current)
-            self._tally.delivered += trajectory.num_model_tokens
-            self._tally.trajectories += 1
-            self._tally.continued += header.interruptions
-            await claimed.ack()
-        finally:
-            self._sending.discard(current)
-
-    async def _extend(self, claimed: ClaimedTask) -> None:
-        while True:
-            await asyncio.sleep(EXTEND_SECONDS)
-            await claimed.extend()
-
-    # ----------------------------------------------------------------------------------------------- drain and report
-
-    async def _drain(self) -> None:
-        """Stop generation, count what is held, and say goodbye; leases that are not acked come back by themselves."""
-        self._phase = WorkerPhase.DRAINING
-        try:
-            await self._gate.shut(deadline_seconds=DRAIN_SECONDS)
-        except DeadlineExceeded as error:
-            self._logger.warning("drain was not clean", extra={"error": str(error)})
-        held = dict(self._episodes)
-        for task in held.keys() - self._sending:
-            task.cancel()
-        if self._sending:
-            # Cut off between the stream's answer and the tally, a trajectory would be delivered and not counted so.
-            await asyncio.wait(self._sending, timeout=SEND_SECONDS)
-        await _ended(list(held))
-        in_flight = sum(
-            episode.num_model_tokens for task, episode in held.items() if task.cancelled() and task not in self._stored
-        )
-        await self._last_words(WorkerPhase.STOPPED, "", in_flight=in_flight)
-
-    async def _last_words(self, phase: WorkerPhase, message: str, *, in_flight: int | None = None) -> None:
-        self._phase = phase
-        await self._report(message=message, in_flight=in_flight)
-
-    async def _report_for_ever(self) -> None:
-        while True:
-            await self._report()
-            await asyncio.sleep(REPORT_SECONDS)
-
-    async def _report(self, *, message: str = "", in_flight: int | None = None) -> None:
-        async with self._report_lock:
-            now = time.monotonic()
-            self._revision += 1
-            generated = self._gate.counters.tokens_generated
-            since, before = self._last_rate
-            if now - since >= 2 * REPORT_SECONDS:
-                self._rate = (generated - before) / (now - since)
-                self._last_rate = (now, generated)
-            held = (
-                sum(e.num_model_tokens for task, e in self._episodes.items() if task not in self._stored)
-                if in_flight is None
-                else in_flight
-            )
-            alive = max(now - self._started_at, 1e-9)
-            state = WorkerState(
-                worker=self._identity.worker,
-                pool=self._identity.pool,
-                incarnation=self._identity.incarnation,
-                revision=self._revision,
-                phase=self._phase,
-                epoch=0 if self._state.serving is None else self._state.serving.epoch,
-                serving_version=self._serving_version(),
-                order=self._state.order,
-                degraded=self._state.degraded,
-                in_flight=len(self._episodes),
-                counters=WorkerCounters(
-                    tokens_generated=generated,
-                    tokens_delivered=self._tally.delivered,
-                    tokens_dropped=dict(self._tally.dropped),
-                    tokens_in_flight=held,
-                    tokens_salvaged=self._gate.counters.tokens_salvaged,
-                    interruptions=self._interruptions,
-                    partials_continued=self._tally.continued,
-                    trajectories=self._tally.trajectories,
-                    environment_failures=self._tally.environment_failures,
-                    swaps_failed=self._tally.swaps_failed,
-                ),
-                tokens_per_second=self._rate,
-                idle_share=min(1.0, max(0.0, 1.0 - self._gate.busy_seconds(now) / alive)),
-                pause_seconds=tuple(self._pauses),
-                message=message,
-            )
+            self._report_now.clear()
             try:
-                await self._link.beat(worker_key(self._identity.worker), state)
-            except DeadlineExceeded as error:
-                self._logger.warning("state was not written", extra={"error": str(error)})
+                await self._link.beat(worker_key(self._settings.worker), self._state())
+            except ProtocolError as error:  # an outage; the next report carries all that happened meanwhile
+                self._logger.warning("the state could not be written", extra=fields(error=str(error)))
+            try:
+                async with asyncio.timeout(BEAT_SECONDS):  # wait_for of Python 3.11 can swallow a cancellation
+                    await self._report_now.wait()
+            except TimeoutError:
+                continue
+
+    def _state(self) -> WorkerState:
+        now = time.monotonic()
+        worker, gate, samples = self._machine, self._gate, self._samples
+        self._tally.swaps_failed = int(worker.poisoned is not None)
+        self._revision += 1
+        self._rates.append((now, self._tally.tokens_generated))
+        while now - self._rates[0][0] > RATE_WINDOW_SECONDS and len(self._rates) > 2:
+            self._rates.popleft()
+        (then, before), (_, after) = self._rates[0], self._rates[-1]
+        serving = None if worker.poisoned is not None else worker.serving
+        problems = (worker.poisoned or worker.last_error, samples.last_error if samples else "", self._message)
+        return WorkerState(
+            worker=self._settings.worker,
+            pool=self._settings.pool,
+            incarnation=self._settings.incarnation,
+            revision=self._revision,
+            phase=worker.phase,
+            epoch=serving.epoch if serving else 0,
+            serving_version=serving.version if serving else None,
+            failed_version=worker.failed_version,
+            order=worker.order if serving else None,
+            degraded=worker.degraded,
+            in_flight=samples.running if samples else 0,
+            counters=self._tally.counters(gate.tokens_in_flight if gate else 0),
+            tokens_per_second=(after - before) / (now - then) if now > then else 0.0,
+            idle_share=self._idle_share(now),
+            pause_seconds=gate.pause_seconds if gate else (),
+            message=next((problem for problem in problems if problem), ""),
+        )
+
+    def _idle_share(self, now: float) -> float:
+        """Share of the time since the first version was served in which no request was in the engine."""
+        if self._gate is None or self._serving_since is None or now <= self._serving_since:
+            return 0.0
+        return min(1.0, max(0.0, 1.0 - self._gate.busy_seconds / (now - self._serving_since)))
 
 
-async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended.
-
-    Once is not always enough: Python 3.11's `wait_for` forgets a cancellation that meets an answer, and a retry over an
-    outage then goes on for its whole deadline, which for a trajectory is an hour.
-    """
-    pending = {task for task in tasks if not task.done()}
-    for _ in range(CANCEL_ROUNDS):
-        for task in pending:
-            task.cancel()
-        if not pending:
-            return
-        _, pending = await asyncio.wait(pending, timeout=1.0)
-
-
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    """The first single error in a group."""
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions of a group, groups in it opened."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

@@ -122,7 +122,7 @@ class UpdateReport:
     tokens_missing: int
     """Within the bound, and their old log-probability was not to be had."""
     exact_fraction: float
-    """Share of the tokens within the bound whose old log-probability is exact."""
+    """Share of the tokens within the bound whose old log-probability is exact; 1 where no token is within it."""
     sources: dict[str, SourceStats]
     discrepancy_by_staleness: dict[str, BucketStats]
     staleness: Distribution
@@ -362,7 +362,7 @@ def _report(batch: TrainBatch, norms: Sequence[float], sums: _Sums, records: tup
         tokens_trained=num_trained,
         tokens_over_bound=batch.num_model_tokens - num_trainable,
         tokens_missing=num_trainable - num_trained,
-        exact_fraction=float(np.isin(source_N, EXACT_SOURCES).sum()) / max(1, num_trainable),
+        exact_fraction=float(np.isin(source_N, EXACT_SOURCES).sum()) / num_trainable if num_trainable else 1.0,
         sources=discrepancy_by_source(log_discrepancy_N, source_N[trained_N], SOURCE_NAMES),
         discrepancy_by_staleness=discrepancy_by_staleness(log_discrepancy_N, staleness_N),
         staleness=staleness_distribution(staleness_N),

@@ -189,6 +189,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_optimizer(mod
 def test_a_batch_without_rows_makes_no_update(model: Path, world: World) -> None:
     report, policy = trained(model, world, TrainBatch(3, (), 0), settings(epochs=2))
     assert (report.num_updates, report.loss, report.tokens_trained, report.records) == (0, 0.0, 0, ())
+    assert report.exact_fraction == 1.0  # nothing was trained on what is not exact
     start = weights(make_policy(model, world))
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(policy).items())
 

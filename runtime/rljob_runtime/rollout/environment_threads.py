@@ -1,0 +1,108 @@
+"""Environment calls on threads, with a deadline each.
+
+Own daemon threads rather than a ThreadPoolExecutor: Python joins an executor's threads at exit, so one hung environment
+would keep a drained worker from ever stopping. A thread that hangs cannot be killed; it is counted and holds its slot
+until it returns, and when all slots hang the worker must be restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rljob_api.errors import EnvironmentFailure, RljobError
+
+T = TypeVar("T")
+
+
+class EnvironmentThreads:
+    """At most `size` calls at once; further ones wait for a slot."""
+
+    def __init__(self, size: int, timeout_seconds: float) -> None:
+        self._size = size
+        self._timeout_seconds = timeout_seconds
+        self._slots = asyncio.Semaphore(size)
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = 0
+        self._running = 0
+        self.hung = 0
+        """Calls that outlived their timeout and have not returned yet."""
+
+    async def call(self, what: str, function: Callable[[], T]) -> T:
+        """The function's result, computed on a thread. `what` names the call in errors.
+
+        Raises:
+            EnvironmentFailure: it raised, or did not return within the timeout.
+            RljobError: every thread hangs; nothing can run any more.
+        """
+        await self._slot()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._running += 1
+        if self._threads < self._running:
+            self._threads += 1
+            threading.Thread(
+                target=_serve, args=(self._calls,), name=f"environment-{self._threads}", daemon=True
+            ).start()
+        self._calls.put(lambda: _run(function, loop, future))
+        future.add_done_callback(self._returned)
+        done, _ = await asyncio.wait({future}, timeout=self._timeout_seconds)
+        if not done:
+            self.hung += 1
+            future.add_done_callback(self._came_back)
+            raise EnvironmentFailure(
+                f"{what} did not return within {self._timeout_seconds:g} s (environment.timeoutSeconds)"
+            )
+        error = future.exception()
+        if isinstance(error, RljobError):
+            raise EnvironmentFailure(f"{what}: {error}") from error
+        if error is not None:
+            raise EnvironmentFailure(f"{what} raised {type(error).__name__}: {error}") from error
+        return future.result()
+
+    def close(self) -> None:
+        """Let idle threads end; hung ones are left behind as daemons."""
+        for _ in range(self._threads):
+            self._calls.put(None)
+
+    async def _slot(self) -> None:
+        while True:
+            if self.hung >= self._size:
+                raise RljobError(
+                    f"all {self._size} environment threads hang: restart the worker, and look for a call in the "
+                    "environment that never returns"
+                )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout_seconds):
+                    await self._slots.acquire()
+                return
+
+    def _returned(self, future: asyncio.Future[Any]) -> None:
+        future.exception()  # retrieved, also where the caller is gone: else asyncio complains at collection
+        self._running -= 1
+        self._slots.release()
+
+    def _came_back(self, _: asyncio.Future[Any]) -> None:
+        self.hung -= 1
+
+
+def _serve(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+
+
+def _run(function: Callable[[], T], loop: asyncio.AbstractEventLoop, future: asyncio.Future[T]) -> None:
+    settle: Callable[[], None]
+    try:
+        result = function()
+    except Exception as error:  # the top of the thread's loop: whatever it is, the caller gets it as EnvironmentFailure
+        caught = error
+        settle = lambda: None if future.done() else future.set_exception(caught)  # noqa: E731
+    else:
+        settle = lambda: None if future.done() else future.set_result(result)  # noqa: E731
+    with contextlib.suppress(RuntimeError):  # the event loop is closed: the worker has stopped meanwhile
+        loop.call_soon_threadsafe(settle)
