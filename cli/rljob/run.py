@@ -45,6 +45,7 @@ TRAINER_GRACE_SECONDS = 60.0
 WORKER_GRACE_SECONDS = 30.0
 MIN_FREE_BYTES = 512 << 20
 MAX_NATS_RESTARTS = 20
+SAVE_WORKERS_SECONDS = 2.0
 MIN_WORKER_RESTARTS = 3
 RESTART_BACKOFF_SECONDS = (0.5, 2.0, 5.0, 10.0)
 
@@ -96,6 +97,7 @@ class LocalRun:
         self._workers: dict[tuple[str, str], WorkerState] = {
             (state.worker, state.incarnation): state for state in directory.read_workers()
         }
+        self._workers_saved_at = 0.0
         self._unread: dict[str, int] = {}
         self._nats_restarts = 0
         self._stop_signals = 0
@@ -343,11 +345,16 @@ class LocalRun:
             await asyncio.sleep(0.05)
 
     def _note_workers(self, workers: tuple[WorkerState, ...]) -> None:
+        known = len(self._workers)
         for state in workers:
             key = (state.worker, state.incarnation)
             held = self._workers.get(key)
             if held is None or state.revision > held.revision:
                 self._workers[key] = state
+        # Not only at the end: after a kill -9 of this process a resume still knows who generated what.
+        if len(self._workers) > known or time.monotonic() - self._workers_saved_at >= SAVE_WORKERS_SECONDS:
+            self._workers_saved_at = time.monotonic()
+            self._directory.write_workers(list(self._workers.values()))
 
     async def _collect_last_words(self, link: Link) -> None:
         """Trajectories that the trainer never read: they are in flight at the end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -160,5 +161,7 @@ class RunDirectory:
         return [WorkerState.from_bytes(line) for line in self.workers_file.read_bytes().splitlines()]
 
     def write_workers(self, states: Sequence[WorkerState]) -> None:
-        """Write workers.jsonl anew."""
-        self.workers_file.write_bytes(b"".join(state.to_bytes() + b"\n" for state in states))
+        """Write workers.jsonl anew, all of it or nothing."""
+        temporary = self.workers_file.with_suffix(".partial")
+        temporary.write_bytes(b"".join(state.to_bytes() + b"\n" for state in states))
+        os.replace(temporary, self.workers_file)

@@ -52,6 +52,7 @@ class Overview:
     """What the whole record holds, from one pass over it."""
 
     steps: int
+    epochs: int
     rows: int
     trained: int
     compute_type: str
@@ -100,6 +101,12 @@ def verify(run: Path, *, minimum_tokens: int, out: TextIO) -> int:
     truncated = record.truncated_at_step
     if truncated is not None:
         print(f"  note: nothing was recorded from step {truncated} on: its byte bound was reached", file=out)
+    if overview.epochs > 1:
+        print(
+            "  note: staleness is in version numbers; each resume gives one step another number, and numbers that were "
+            "trained over are skipped",
+            file=out,
+        )
     if checks[0].passed:
         chosen = choose_rows(overview.row_buckets, minimum_tokens)
         compared = _compare(record, versions, chosen)
@@ -139,11 +146,13 @@ def _overview(steps: Iterable[RecordedStep], versions: Mapping[int, RecordedVers
     row_buckets: dict[ChosenRow, dict[int, int]] = {}
     num_steps = num_rows = trained = 0
     compute_types: set[str] = set()
+    epochs: set[int] = set()
     for step in steps:
         num_steps += 1
         num_rows += len(step.headers)
         trained += step.num_trained
         compute_types.add(step.compute_type)
+        epochs.add(step.epoch)
         seen.update((header.task, header.sample) for header in step.headers)
         exact, staleness = step.is_exact, step.staleness
         log_discrepancy = step.tensors["old_logprobs"] - step.tensors["behavior_logprobs"]
@@ -160,6 +169,7 @@ def _overview(steps: Iterable[RecordedStep], versions: Mapping[int, RecordedVers
     joined = {bucket: np.concatenate(parts) for bucket, parts in sorted(discrepancy.items())}
     return Overview(
         steps=num_steps,
+        epochs=len(epochs),
         rows=num_rows,
         trained=trained,
         compute_type=next(iter(compute_types), "Float32"),

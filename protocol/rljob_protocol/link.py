@@ -400,7 +400,8 @@ class Link:
                     seen = held.revision
                     yield held
                 try:
-                    await asyncio.wait_for(wake.wait(), interval_seconds)
+                    async with asyncio.timeout(interval_seconds):
+                        await wake.wait()
                 except TimeoutError:
                     pass
         finally:
@@ -425,9 +426,9 @@ class Link:
         deadline = time.monotonic() + deadline_seconds
         while True:
             try:
-                return await asyncio.wait_for(
-                    attempt(), max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic()))
-                )
+                # Not wait_for: in Python 3.11 it swallows a cancellation that comes as the attempt succeeds.
+                async with asyncio.timeout(max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic()))):
+                    return await attempt()
             except TRANSIENT as error:
                 if getattr(error, "err_code", None) in STREAM_FULL:
                     raise

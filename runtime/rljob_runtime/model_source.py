@@ -39,13 +39,18 @@ def materialise(model: Model, directory: Path) -> Path:
     temporary = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if model.random is not None:
-        _make_random(model.random, temporary)
-    elif model.hugging_face is not None:
-        _download(model.hugging_face, temporary)
-    (temporary / _MARKER).write_text(digest)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    try:
+        if model.random is not None:
+            _make_random(model.random, temporary)
+        elif model.hugging_face is not None:
+            _download(model.hugging_face, temporary)
+        else:
+            raise RljobError("spec.model names no source: give huggingFace, persistentVolumeClaim, path or random")
+        (temporary / _MARKER).write_text(digest)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 
@@ -69,13 +74,21 @@ def _checked(path: Path, field: str) -> Path:
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token a character after pad (0), end (1) and begin (2); unknown characters are refused by the renderer."""
+    """One token a character after pad (0), end (1) and begin (2).
+
+    The padding token is declared as the unknown one, so that the renderer can tell and refuse characters that have none.
+    """
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=BEGIN, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=PAD,
+        eos_token=END,
+        bos_token=BEGIN,
+        clean_up_tokenization_spaces=False,
     )
 
 

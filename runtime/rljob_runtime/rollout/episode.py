@@ -80,7 +80,8 @@ async def run_episode(
             stop_token_ids=parts.renderer.stop_token_ids,
             seed=sampling_seed(task),
         )
-        turn = (await parts.gate.generate(request, partial)).tokens
+        await parts.gate.generate(request, partial)
+        turn = partial.turn_tokens
         answer = parts.renderer.decode(turn)
         result = await call("step", lambda answer=answer: environment.step(answer))  # type: ignore[misc]
         rewards.append(_finite("reward of a step", result.reward))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 from rljob_api.errors import DeadlineExceeded, EngineError
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, InferenceEngine, VersionSpan
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, InferenceEngine
 from rljob_runtime.rollout.partial import PartialRollout
 from rljob_runtime.rollout.tally import Tally
 
@@ -94,16 +94,16 @@ class Gate:
         finally:
             self._partials.discard(partial)
 
-    async def generate(self, request: GenerationRequest, partial: PartialRollout) -> Generation:
-        """One whole model turn, appended to `partial` as it comes; `finish` is never "aborted".
+    async def generate(self, request: GenerationRequest, partial: PartialRollout) -> Finish:
+        """One whole model turn, appended to `partial` as it comes; how it ended, never "aborted".
 
-        The result's tokens and spans are those of the whole turn. Waits while the gate is shut. A cancelled caller
+        Waits while the gate is shut. A cancelled caller
         aborts the request; what was taken before stays in `partial`.
 
         Raises:
             EngineError: the engine refused the request, died, or does not get anywhere.
         """
-        parts: list[Generation] = []
+        attempts = 0
         tokens: tuple[int, ...] = ()
         spurious = 0
         while True:
@@ -111,18 +111,18 @@ class Gate:
                 await self._opened.wait()
             attempt = replace(
                 request,
-                request_id=f"{request.request_id}-{len(parts)}",
+                request_id=f"{request.request_id}-{attempts}",
                 prompt=request.prompt + tokens,
                 max_tokens=request.max_tokens - len(tokens),
             )
             part = await self._submit(attempt)
             self._tally.partials_continued += partial.take(part)
             self._tally.tokens_generated += len(part.tokens)
-            parts.append(part)
+            attempts += 1
             tokens += part.tokens
             finish = _finish(part, tokens, request)
             if finish != "aborted":
-                return _joined(parts, finish)
+                return finish
             if self.is_open:
                 self._tally.spurious_aborts += 1
                 spurious = 0 if part.tokens else spurious + 1
@@ -197,17 +197,3 @@ def _finish(part: Generation, tokens: tuple[int, ...], request: GenerationReques
     if tokens and tokens[-1] in request.stop_token_ids:
         return "stop"
     return "length" if len(tokens) >= request.max_tokens else "aborted"
-
-
-def _joined(parts: list[Generation], finish: Finish) -> Generation:
-    spans: list[VersionSpan] = []
-    offset = 0
-    for part in parts:
-        spans += [VersionSpan(span.version, span.start + offset, span.end + offset) for span in part.spans]
-        offset += len(part.tokens)
-    return Generation(
-        tokens=tuple(token for part in parts for token in part.tokens),
-        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
-        spans=tuple(spans),
-        finish=finish,
-    )

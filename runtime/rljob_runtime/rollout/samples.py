@@ -42,6 +42,7 @@ class SampleRunner:
         settings: EpisodeSettings,
         tally: Tally,
         serving_version: Callable[[], int | None],
+        fail: Callable[[str], None],
         *,
         max_concurrent: int,
         max_attempts: int,
@@ -53,17 +54,24 @@ class SampleRunner:
         self._settings = settings
         self._tally = tally
         self._serving_version = serving_version
+        self._fail = fail
         self._max_concurrent = max_concurrent
         self._max_attempts = max_attempts
         self._extend_seconds = extend_seconds
         self._leases: dict[asyncio.Task[None], ClaimedTask] = {}
         self._delivering: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._extending: asyncio.Task[None] | None = None
         self._is_claiming = True
         self._claims_ended = asyncio.Event()
         self._end_reason = Reason.DRAINED
         self._logger = logging.getLogger(__name__)
         self.last_error = ""
+
+    @property
+    def tasks(self) -> tuple[asyncio.Task[None], ...]:
+        """What runs for it, episodes and all."""
+        return (*self._leases, *(() if self._extending is None else (self._extending,)))
 
     @property
     def running(self) -> int:
@@ -75,18 +83,13 @@ class SampleRunner:
         self._notify()
 
     async def run(self) -> None:
-        """Until cancelled; then every lease is given back.
+        """Until cancelled; `release_all` gives the leases back then.
 
-        Raises:
-            EngineError: an episode found the engine dead.
-            RljobError: every environment thread hangs.
+        Calls `fail` when an episode finds the engine dead, or every environment thread hanging.
         """
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._extend_leases())
-                await self._claim(group)
-        finally:
-            await self._release_all()
+        async with asyncio.TaskGroup() as group:
+            self._extending = group.create_task(self._extend_leases())
+            await self._claim(group)
 
     async def stop_claiming(self, grace_seconds: float) -> None:
         """Take no new lease, and let trajectories that are finished already reach the log."""
@@ -99,6 +102,15 @@ class SampleRunner:
     def engine_failed(self) -> None:
         """From here on, tokens of unfinished episodes end because of the engine."""
         self._end_reason = Reason.ENGINE_FAILED
+
+    async def release_all(self) -> None:
+        """Give back what is unfinished, within a deadline; leases that it misses run out by themselves."""
+        releases = [asyncio.create_task(self._release(lease, 0.0)) for lease in self._leases.values()]
+        self._leases.clear()
+        if releases:
+            _, late = await asyncio.wait(releases, timeout=RELEASE_DEADLINE_SECONDS)
+            for release in late:
+                release.cancel()
 
     async def _claim(self, group: asyncio.TaskGroup) -> None:
         while self._is_claiming:
@@ -125,11 +137,14 @@ class SampleRunner:
         self._notify()
 
     async def _work(self, lease: ClaimedTask) -> None:
-        if not await self._version_served(lease.task.min_version):
-            await self._release(lease, RELEASE_SECONDS)
-            return
-        if await self._play(lease):
-            await self._acknowledge(lease)
+        try:
+            if not await self._version_served(lease.task.min_version):
+                await self._release(lease, RELEASE_SECONDS)
+            elif await self._play(lease):
+                await self._acknowledge(lease)
+        except RljobError as error:
+            self._fail(str(error))
+            await self._release(lease, 0.0)
 
     async def _play(self, lease: ClaimedTask) -> bool:
         """One attempt at a sample; whether it has ended for good, so that the task can be acknowledged."""
@@ -206,15 +221,6 @@ class SampleRunner:
             self._logger.warning(
                 "a lease could not be given back", extra=fields(task=lease.task.task, error=str(error))
             )
-
-    async def _release_all(self) -> None:
-        """Give back what is unfinished, within a deadline; leases that it misses run out by themselves."""
-        releases = [asyncio.create_task(self._release(lease, 0.0)) for lease in self._leases.values()]
-        self._leases.clear()
-        if releases:
-            _, late = await asyncio.wait(releases, timeout=RELEASE_DEADLINE_SECONDS)
-            for release in late:
-                release.cancel()
 
     async def _extend_leases(self) -> None:
         while True:

@@ -1,8 +1,14 @@
 """A SIMULATED engine for protocol and scale tests: the Protocol of a real one, with fixed device times.
 
-It samples from the loaded weights with the real architecture on the CPU, so log-probabilities match the trainer's, and
-sleeps for the device times it is given. Sampling uses a counter-based generator keyed by (seed, position): what a
-request yields depends neither on the batch it runs in nor on interruptions, as long as the weights stay the same.
+It samples from the loaded weights with the real architecture on the CPU in fp32, so log-probabilities match the
+trainer's, and sleeps for the device times it is given (not longer where computing took more). Sampling uses a
+counter-based generator keyed by (seed, position): what a request yields depends neither on the batch it runs in nor on
+interruptions, as long as the weights stay the same.
+
+    produces    one token a step for every request in flight
+    consumes    requests
+    waits for   a request in flight, then for the device time of a step
+    unblocked by  `generate`
 """
 
 from __future__ import annotations
@@ -12,10 +18,9 @@ import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,59 +28,79 @@ from rljob_api.errors import EngineError, EnginePoisoned
 from rljob_api.pools import SimulatedEngine as SimulatedTimes
 from rljob_api.weights import WeightManifest
 from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.weight_file import ExpectedTensors, check_weight_file, expected_tensors
 
-DUMMY_SCALE = 1e-3
+DUMMY_WEIGHT = 1e-3
 
 
 @dataclass(slots=True)
 class _Running:
     request: GenerationRequest
     done: asyncio.Future[Generation]
+    version: int
+    ready_at: float
+    """When its prefill is through, in seconds of `time.monotonic`."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    version: int = -1
 
-    def generation(self, finish: Literal["stop", "length", "aborted"]) -> Generation:
+    def end(self, finish: Literal["stop", "length", "aborted"]) -> None:
         spans = (VersionSpan(self.version, 0, len(self.tokens)),) if self.tokens else ()
-        return Generation(tuple(self.tokens), tuple(self.logprobs), spans, finish)
+        if not self.done.done():
+            self.done.set_result(Generation(tuple(self.tokens), tuple(self.logprobs), spans, finish))
 
 
 class SimulatedEngine:
-    """Steps all requests in flight together, one token a step."""
+    """Steps all requests in flight together, one token a step. SIMULATED: its speed says nothing about a real engine."""
 
     def __init__(self, model_directory: Path, times: SimulatedTimes, *, batch_invariant: bool = False) -> None:
+        """`batch_invariant` runs each request by itself: results are then equal to the last bit whatever runs beside it."""
         self._directory = model_directory
         self._times = times
         self._batch_invariant = batch_invariant
+        self._model: Any = None
+        self._expected: ExpectedTensors | None = None
+        self._vocab_size = 0
         self._running: dict[str, _Running] = {}
         self._wake = asyncio.Event()
-        self._paused = True
+        self._paused = False
         self._version: int | None = None
+        self._unusable: str | None = "the simulated engine holds dummy weights: no version was applied yet"
         self._stepper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Make the architecture with dummy weights."""
-        config = AutoConfig.from_pretrained(self._directory)
-        self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        self._vocab_size = int(config.vocab_size)
+        try:
+            config = AutoConfig.from_pretrained(self._directory)
+            self._expected = expected_tensors(self._directory)
+            with torch.random.fork_rng(devices=[]):
+                self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        except (OSError, ValueError) as error:
+            raise EngineError(f"the simulated engine could not start on {self._directory}: {error}") from error
         with torch.no_grad():
             for parameter in self._model.parameters():
-                parameter.uniform_(-DUMMY_SCALE, DUMMY_SCALE)
-        self._stepper = asyncio.create_task(self._step_for_ever())
+                parameter.fill_(DUMMY_WEIGHT)
+        self._vocab_size = int(config.vocab_size)
+        self._stepper = asyncio.create_task(self._step_for_ever(), name="simulated-engine")
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Run one request."""
-        if self._version is None:
-            raise EngineError("the simulated engine holds dummy weights: no version was applied yet")
+        if self._unusable is not None:
+            raise EngineError(f"request {request.request_id} was refused: {self._unusable}")
+        if self._version is None or request.request_id in self._running:
+            raise EngineError(f"request {request.request_id} was refused: its id is in use")
         if not all(0 <= token < self._vocab_size for token in request.prompt):
             raise EngineError(
                 f"request {request.request_id}: a prompt token is outside the vocabulary of {self._vocab_size}"
             )
-        if self._times.prefill_seconds:
-            await asyncio.sleep(self._times.prefill_seconds)
-        running = _Running(request, asyncio.get_running_loop().create_future(), version=self._version)
+        running = _Running(
+            request,
+            asyncio.get_running_loop().create_future(),
+            version=self._version,
+            ready_at=time.monotonic() + self._times.prefill_seconds,
+        )
         if self._paused:
-            return running.generation("aborted")
+            running.end("aborted")
+            return running.done.result()
         self._running[request.request_id] = running
         self._wake.set()
         try:
@@ -86,28 +111,24 @@ class SimulatedEngine:
     async def pause(self) -> None:
         """Return every partial."""
         self._paused = True
-        for running in list(self._running.values()):
-            if not running.done.done():
-                running.done.set_result(running.generation("aborted"))
+        for running in self._running.values():
+            running.end("aborted")
         self._running.clear()
 
     async def apply(self, manifest: WeightManifest, weights: Path) -> None:
         """Load a version."""
-        if not self._paused:
+        if not self._paused or self._expected is None:
             raise EngineError("weights were applied while the engine was running: pause it first")
-        if self._times.load_seconds:
-            await asyncio.sleep(self._times.load_seconds)
+        check_weight_file(weights, self._expected)
+        self._unusable = f"version {manifest.version} was not loaded to its end"
+        started = time.monotonic()
         try:
-            state = load_file(weights)
-            missing, unexpected = self._model.load_state_dict(state, strict=False)
-        except (OSError, SafetensorError, RuntimeError) as error:
+            self._model.load_state_dict(load_file(weights), strict=False)
+        except (OSError, RuntimeError) as error:
             raise EnginePoisoned(f"version {manifest.version} could not be loaded: {error}") from error
-        tied = bool(self._model.config.tie_word_embeddings)
-        if unexpected or (set(missing) - ({"lm_head.weight"} if tied else set())):
-            raise EnginePoisoned(
-                f"version {manifest.version}: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
-            )
+        await _sleep_rest(self._times.load_seconds, started)
         self._version = manifest.version
+        self._unusable = None
 
     async def resume(self) -> None:
         """Schedule again."""
@@ -116,13 +137,14 @@ class SimulatedEngine:
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         """Log-probabilities of tokens[1:] at temperature 1."""
         with torch.inference_mode():
-            logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0, :-1].float()
-        logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-        return tuple(logprobs.tolist())
+            logits_TV = self._model(torch.tensor([tokens]), use_cache=False).logits[0, :-1].float()
+        logprobs_T = torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        return tuple(logprobs_T.tolist())
 
     async def shutdown(self) -> None:
         """Stop stepping."""
         await self.pause()
+        self._unusable = "the simulated engine was shut down"
         if self._stepper is not None:
             self._stepper.cancel()
             await asyncio.gather(self._stepper, return_exceptions=True)
@@ -133,10 +155,18 @@ class SimulatedEngine:
                 self._wake.clear()
                 await self._wake.wait()
             started = time.monotonic()
-            batch = [running for running in self._running.values() if not running.done.done()]
-            if batch:
+            batch = [running for running in self._running.values() if running.ready_at <= started]
+            if not batch:
+                await asyncio.sleep(min(running.ready_at for running in self._running.values()) - started)
+                continue
+            try:
                 self._sample(batch)
-            await asyncio.sleep(max(0.0, self._times.decode_seconds - (time.monotonic() - started)))
+            except (RuntimeError, ValueError, IndexError) as error:
+                self._unusable = f"the simulated engine died: {error}"
+                for running in self._running.values():
+                    running.done.set_exception(EngineError(self._unusable))
+                return
+            await _sleep_rest(self._times.decode_seconds, started)
 
     def _sample(self, batch: list[_Running]) -> None:
         groups = [[running] for running in batch] if self._batch_invariant else [batch]
@@ -156,19 +186,29 @@ class SimulatedEngine:
     def _extend(self, running: _Running, logits_V: torch.Tensor) -> None:
         request = running.request
         logprobs_V = torch.log_softmax(logits_V / request.temperature, -1)
+        if not torch.isfinite(logprobs_V).any():
+            raise ValueError(f"log-probabilities after request {request.request_id} are not finite")
         position = len(request.prompt) + len(running.tokens)
+        key = request.request_id if request.seed is None else str(request.seed)
         cumulative_V = torch.cumsum(logprobs_V.double().exp(), 0)
-        drawn = uniform(request.seed or 0, position) * float(cumulative_V[-1])
+        drawn = uniform(key, position) * float(cumulative_V[-1])
         token = min(int(torch.searchsorted(cumulative_V, drawn, right=True)), self._vocab_size - 1)
         running.tokens.append(token)
         running.logprobs.append(float(logprobs_V[token]))
         if token in request.stop_token_ids:
-            running.done.set_result(running.generation("stop"))
+            running.end("stop")
         elif len(running.tokens) >= request.max_tokens:
-            running.done.set_result(running.generation("length"))
+            running.end("length")
+        if running.done.done():
+            self._running.pop(request.request_id, None)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), the same for the same (seed, position)."""
-    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+async def _sleep_rest(device_seconds: float, started: float) -> None:
+    """Sleep until the device time is over; also where it is, let other tasks run."""
+    await asyncio.sleep(max(0.0, device_seconds - (time.monotonic() - started)))
+
+
+def uniform(key: str, position: int) -> float:
+    """A number in [0, 1), the same for the same (key, position)."""
+    digest = hashlib.blake2b(f"{key}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)

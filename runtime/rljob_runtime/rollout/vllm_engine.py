@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from rljob_api.errors import EngineError, EnginePoisoned
 from rljob_api.weights import WeightManifest
 from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
 from rljob_runtime.rollout.vllm_environment import prepare_environment
+from rljob_runtime.rollout.weight_file import ExpectedTensors, check_weight_file, expected_tensors
 
 R = TypeVar("R")
 
-CPU_KV_CACHE_BYTES = 256 << 20
+CPU_MIN_KV_CACHE_BYTES = 64 << 20
+CPU_MAX_KV_CACHE_BYTES = 1 << 30
 """Left to itself vLLM takes 0.92 of the machine's memory and writes zeros to all of it."""
 CPU_BLOCK_SIZE = 32
 """Tokens. Only whole blocks are reused, and 128, the default on a CPU, is longer than most turns."""
@@ -36,9 +38,6 @@ CPU_MIN_BATCHED_TOKENS = 4096
 LATE_ABORT_SECONDS = 0.1
 KILLED_SECONDS = 5.0
 MAX_SEED = 1 << 31
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-LATENT_PARTNER = "kv_a_proj_with_mqa"
-"""Latent attention has a q_proj of its own beside this layer, and fuses nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class VllmSettings:
     max_num_seqs: int
     compute_type: Literal["Float32", "BFloat16"]
     kv_cache_bytes: int | None = None
-    """None: vLLM's share of a GPU, or 256 MiB on a CPU."""
+    """None: vLLM's share of a GPU; on a CPU what `max_num_seqs` requests of full length need, from 64 MiB to 1 GiB."""
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
     """On a CPU the engine is always eager."""
@@ -74,11 +73,14 @@ class VllmEngine:
         self._building: asyncio.Future[None] | None = None
         self._sampling: Callable[..., Any]
         self._processes: tuple[BaseProcess, ...] = ()
+        self._rendezvous: tuple[Path, ...] = ()
+        self._expected: ExpectedTensors | None = None
         self._vocabulary = range(0)
         self._numbers = itertools.count()
         self._in_flight: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._paused = False
         self._loading: int | None = None
         """Version whose update was begun and not finished. Stays set when it failed: the layers are then half loaded."""
 
@@ -97,6 +99,8 @@ class VllmEngine:
 
             transfer = WeightTransferInitRequest(init_info={"repack": self._settings.repack_tied})
             await self._llm.init_weight_transfer_engine(transfer)
+            addresses = await self._llm.collective_rpc("rendezvous_address")
+            self._rendezvous = tuple(Path(a.removeprefix("file://")) for a in addresses if a.startswith("file://"))
             self._vocabulary = range(int(self._llm.model_config.get_vocab_size()))
         except Exception as error:  # vLLM starts processes and reads models: it raises whatever they raise
             await self.shutdown()
@@ -113,6 +117,8 @@ class VllmEngine:
             ignore_eos=True,
             logprobs=0,
         )
+        if output is None:
+            return Generation(tokens=(), logprobs=(), spans=(), finish="aborted")
         (answer,) = output.outputs
         tokens = tuple(int(token) for token in answer.token_ids)
         if tokens and not answer.weight_versions:
@@ -129,6 +135,7 @@ class VllmEngine:
 
     async def pause(self) -> None:
         """Abort what is in flight, clear the caches and stop scheduling; returns once every `generate` has its partial."""
+        self._paused = True
         # AsyncLLM.pause_generation makes this same call, then sleeps 20 ms so that outputs may arrive: we see them arrive.
         await self._call("pause", self._llm.engine_core.pause_scheduler_async(mode="abort", clear_cache=True))
         while self._in_flight:
@@ -143,13 +150,15 @@ class VllmEngine:
         """Load `weights` as `manifest.version`.
 
         Raises:
-            EngineError: requests are in flight, or the file is not whole; the engine is as it was.
+            EngineError: requests are in flight, or the file is not that of this model; the engine is as it was.
             EnginePoisoned: the update had begun and failed; the next request would end the engine.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        check_weights_file(weights)
         self._refuse_unless_loaded()
+        if self._expected is None:
+            raise EngineError("weights were to be loaded before the engine was started")
+        check_weight_file(weights, self._expected)
         if self._in_flight:  # vLLM's layers are empty during an update, and a step over them ends the engine
             raise EngineError(f"version {manifest.version} was to be loaded beside {len(self._in_flight)} requests")
         self._loading = manifest.version
@@ -167,11 +176,12 @@ class VllmEngine:
     async def resume(self) -> None:
         """Schedule again."""
         await self._call("resume", self._llm.resume_generation())
+        self._paused = False
 
     async def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         """Log-probabilities of tokens[1:]: vLLM's are raw for prompts, whatever temperature a request has."""
         output = await self._run("score", tokens, temperature=1.0, max_tokens=1, prompt_logprobs=0)
-        if _finish(output.outputs[0].finish_reason) == "aborted":
+        if output is None or _finish(output.outputs[0].finish_reason) == "aborted":
             raise EngineError("scoring was interrupted by a pause")
         return _logprobs_of(tokens[1:], (output.prompt_logprobs or [None])[1:])
 
@@ -193,6 +203,8 @@ class VllmEngine:
             llm.output_handler.cancel()  # or it logs the engine's death as an error
         await asyncio.to_thread(_stop, llm, self._processes)
         del llm
+        for path in self._rendezvous:  # vLLM leaves it in the temporary folder
+            path.unlink(missing_ok=True)
         gc.collect()  # AsyncLLM is part of reference cycles, and its finaliser fails if the interpreter's end calls it
 
     @property
@@ -237,7 +249,7 @@ class VllmEngine:
         if not on_gpu:
             arguments |= {
                 "enforce_eager": True,
-                "kv_cache_memory_bytes": settings.kv_cache_bytes or CPU_KV_CACHE_BYTES,
+                "kv_cache_memory_bytes": settings.kv_cache_bytes or _cpu_kv_cache_bytes(self._directory, settings),
                 "block_size": CPU_BLOCK_SIZE,
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_MIN_BATCHED_TOKENS, settings.max_model_len),
@@ -246,13 +258,14 @@ class VllmEngine:
         self._sampling = partial(
             SamplingParams, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True
         )
+        self._expected = expected_tensors(self._directory)
         before = set(multiprocessing.active_children())
         # Kept here only: what a thread returns stays in its future, and is finalised at the interpreter's end.
         self._started = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._processes = tuple(process for process in multiprocessing.active_children() if process not in before)
 
     async def _run(self, name: str, prompt: tuple[int, ...], **sampling: Any) -> Any:
-        """Submit, and wait for the one output at the end."""
+        """Submit, and wait for the one output at the end; None where a paused engine did not take the request."""
         unknown = [token for token in prompt if token not in self._vocabulary]
         if unknown:  # without a tokenizer vLLM does not look, and the lookup ends the engine with all its requests
             raise EngineError(
@@ -270,11 +283,19 @@ class VllmEngine:
                 self._idle.set()
 
     async def _final_output(self, request_id: str, prompt: tuple[int, ...], sampling: dict[str, Any]) -> Any:
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
         # Typed "token", the prompt is taken as it is; a bare list would go through the tokenizer's thread.
         tokens = {"type": "token", "prompt_token_ids": list(prompt)}
         last = None
-        async for output in self._llm.generate(tokens, self._sampling(**sampling), request_id):
-            last = output
+        try:
+            async for output in self._llm.generate(tokens, self._sampling(**sampling), request_id):
+                last = output
+        except EngineGenerateError:
+            # From 0.33 on an engine refuses what reaches it after its pause; 0.32 queues it, and `pause` aborts it.
+            if self._paused:
+                return None
+            raise
         if last is None:
             raise EngineError(f"request {request_id} ended without an output")
         return last
@@ -288,26 +309,16 @@ class VllmEngine:
             raise EngineError(f"{what}: {_text(error)}") from error
 
 
-def check_weights_file(path: Path) -> None:
-    """Refuse a file that would leave an engine half loaded; reads its header only.
-
-    Raises:
-        EngineError: it is not a whole safetensors file, or holds a part of a fused layer without the others (vLLM then
-            computes NaN and reports no error).
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = frozenset(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise EngineError(f"weights {path.name} cannot be read: {error}") from error
-    for name in sorted(names):
-        path_of_layer, _, kind = name.rpartition(".")
-        parent, _, layer = path_of_layer.rpartition(".")
-        for partners in (fused for fused in FUSED if layer in fused):
-            missing = [partner for partner in partners if f"{parent}.{partner}.{kind}" not in names]
-            is_latent = layer == "q_proj" and f"{parent}.{LATENT_PARTNER}.{kind}" in names
-            if missing and not is_latent:
-                raise EngineError(f"weights {path.name} hold {name} without {missing[0]}: vLLM fuses them into one")
+def _cpu_kv_cache_bytes(directory: Path, settings: VllmSettings) -> int:
+    """Room for all sequences at full length within the bounds, and always for one of them."""
+    config = AutoConfig.from_pretrained(directory)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element_bytes = 4 if settings.compute_type == "Float32" else 2
+    token_bytes = 2 * config.num_hidden_layers * heads * head_dim * element_bytes
+    sequence_bytes = (settings.max_model_len + 2 * CPU_BLOCK_SIZE) * token_bytes
+    wanted = min(settings.max_num_seqs * sequence_bytes, CPU_MAX_KV_CACHE_BYTES)
+    return int(max(wanted, sequence_bytes, CPU_MIN_KV_CACHE_BYTES))
 
 
 def _stop(llm: Any, processes: Sequence[BaseProcess]) -> None:

@@ -21,6 +21,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rljob_protocol.children import die_with_parent
+
 BACKEND = "rljob"
 
 
@@ -48,6 +50,8 @@ class FileWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: i
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self._repack = init_info.repack
+        # Here, because it runs in the worker's process: a rollout process that is killed must not leave an engine behind.
+        die_with_parent()
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -88,7 +92,13 @@ def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class WeightWorker:
-    """Mixed into vLLM's worker class. Importing it is the point."""
+    """Mixed into vLLM's worker class. Importing it registers the backend."""
+
+    distributed_init_method: str
+
+    def rendezvous_address(self) -> str:
+        """Where this worker met the others: `file://...` for a single one, and vLLM leaves that file behind."""
+        return self.distributed_init_method
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

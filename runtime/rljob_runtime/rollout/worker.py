@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
-from rljob_api.errors import EngineError, ProtocolError, RljobError, SpecError, StorageError
+from rljob_api.errors import DeadlineExceeded, EngineError, ProtocolError, RljobError, SpecError, StorageError
 from rljob_api.messages import CoordinatorHeartbeat, DesiredVersion, PublishedVersion, WorkerPhase, WorkerState
 from rljob_api.names import KEY_COORDINATOR, KEY_DESIRED, KEY_PUBLISHED, worker_key
 from rljob_api.spec import RLJobSpec
@@ -56,6 +56,8 @@ TICK_SECONDS = 0.25
 BEAT_SECONDS = 1.0
 RATE_WINDOW_SECONDS = 10.0
 FIRST_VERSION_SECONDS = 0.5
+FIRST_VERSION_DEADLINE_SECONDS = 1800.0
+CANCEL_AGAIN_SECONDS = 0.5
 DRAIN_SHUT_SECONDS = 10.0
 DRAIN_GRACE_SECONDS = 5.0
 LAST_REPORT_SECONDS = 5.0
@@ -114,6 +116,7 @@ class RolloutWorker:
         self._gate: Gate | None = None
         self._samples: SampleRunner | None = None
         self._threads: EnvironmentThreads | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._rates: deque[tuple[float, int]] = deque()
         self._serving_since: float | None = None
         self._revision = 0
@@ -128,6 +131,8 @@ class RolloutWorker:
         """Work until drained or poisoned; the process's exit code. The last state is written before it returns."""
         try:
             end = await self._run_until_ended()
+            if self._samples is not None:
+                await self._samples.release_all()
             await self._report_end(end)
             return end.code
         finally:
@@ -137,17 +142,11 @@ class RolloutWorker:
 
     async def _run_until_ended(self) -> _End:
         self._end = asyncio.get_running_loop().create_future()
+        work = asyncio.create_task(self._work())
         try:
-            async with asyncio.TaskGroup() as group:
-                work = group.create_task(self._work())
-                end = await self._end
-                work.cancel()
-                return end
-        except* SpecError as errors:
-            end = _End(EXIT_CONFIGURATION, "; ".join(str(error) for error in _leaves(errors)))
-        except* RljobError as errors:
-            end = _End(EXIT_RESTART, "; ".join(str(error) for error in _leaves(errors)))
-        return end
+            return await self._end
+        finally:
+            await self._cancel(work)
 
     async def _report_end(self, end: _End) -> None:
         phase = WorkerPhase.STOPPED if end.code == EXIT_STOPPED else WorkerPhase.POISONED
@@ -167,9 +166,9 @@ class RolloutWorker:
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._report_loop())
-            group.create_task(self._drain_loop())
-            await self._start(group)
+            self._spawn(group, self._report_loop())
+            self._spawn(group, self._drain_loop())
+            self._spawn(group, self._start(group))
 
     async def _start(self, group: asyncio.TaskGroup) -> None:
         spec = self._spec
@@ -208,16 +207,17 @@ class RolloutWorker:
             ),
             self._tally,
             self._serving_version,
+            lambda reason: self._stop(EXIT_RESTART, reason),
             max_concurrent=self._pool.max_concurrent_trajectories,
             max_attempts=spec.environment.max_attempts,
             extend_seconds=self._lease_seconds / 3,
         )
-        group.create_task(self._drive(swapper, group))
-        group.create_task(self._follow_desired())
-        group.create_task(self._follow_published())
-        group.create_task(self._watch_coordinator())
-        group.create_task(self._tick())
-        group.create_task(self._samples.run())
+        self._spawn(group, self._drive(swapper, group))
+        self._spawn(group, self._follow_desired())
+        self._spawn(group, self._follow_published())
+        self._spawn(group, self._watch_coordinator())
+        self._spawn(group, self._tick())
+        self._spawn(group, self._samples.run())
 
     async def _fetch_model_files(self) -> Path:
         """Config and tokenizer of the newest published version, as soon as there is one.
@@ -226,7 +226,8 @@ class RolloutWorker:
         """
         directory = self._settings.cache_dir / "model"
         directory.mkdir(parents=True, exist_ok=True)
-        while True:
+        deadline = time.monotonic() + FIRST_VERSION_DEADLINE_SECONDS
+        while time.monotonic() < deadline:
             try:
                 seen = await self._link.read(KEY_PUBLISHED, PublishedVersion)
                 if seen is not None:
@@ -236,6 +237,9 @@ class RolloutWorker:
             except (StorageError, ProtocolError) as error:
                 self._logger.warning("the model files could not be fetched", extra=fields(error=str(error)))
             await asyncio.sleep(FIRST_VERSION_SECONDS)
+        raise DeadlineExceeded(
+            f"the trainer published no version within {FIRST_VERSION_DEADLINE_SECONDS:g} s: look at its log"
+        )
 
     def _serving_version(self) -> int | None:
         serving = self._machine.serving
@@ -275,7 +279,26 @@ class RolloutWorker:
         async def run() -> None:
             self._events.put_nowait(await effect)
 
-        group.create_task(run())
+        self._spawn(group, run())
+
+    def _spawn(self, group: asyncio.TaskGroup, work: Coroutine[object, object, None]) -> None:
+        task = group.create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, work: Coroutine[object, object, None]) -> None:
+        """Let a failure end the worker in order; raised in the group, it would cancel the others once, see `_cancel`."""
+        try:
+            await work
+        except SpecError as error:
+            self._stop(EXIT_CONFIGURATION, str(error))
+        except RljobError as error:
+            self._stop(EXIT_RESTART, str(error))
+        except Exception as error:  # the top of every task: a defect ends the worker with a last state, and restarts it
+            self._logger.exception("a task of the worker failed")
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            self._stop(EXIT_RESTART, f"{type(error).__name__}: {error}")
 
     def _opened(self) -> None:
         assert self._gate is not None
@@ -329,6 +352,7 @@ class RolloutWorker:
         await self._drain.wait()
         self._logger.info("draining", extra=fields(episodes=self._samples.running if self._samples else 0))
         self._events.put_nowait(DrainRequested())
+        self._report_now.set()
         if self._samples is not None and self._gate is not None:
             if not self._machine.is_swapping:  # else the gate is shut already, and the engine busy with the swap
                 try:
@@ -338,9 +362,19 @@ class RolloutWorker:
             await self._samples.stop_claiming(DRAIN_GRACE_SECONDS)
         self._stop(EXIT_STOPPED, "drained")
 
+    async def _cancel(self, work: asyncio.Task[None]) -> None:
+        """Cancel until it is gone: in Python 3.11's wait_for, which the NATS client uses, a cancellation can get lost.
+
+        Measured: a worker poisoned within milliseconds of its first version hung in its report of that moment.
+        """
+        work.cancel()
+        while not (await asyncio.wait({work}, timeout=CANCEL_AGAIN_SECONDS))[0]:
+            for task in (*self._tasks, *(self._samples.tasks if self._samples else ())):
+                task.cancel()
+
     def _stop(self, code: int, reason: str) -> None:
         assert self._end is not None
-        if code == EXIT_RESTART and self._samples is not None:
+        if code != EXIT_STOPPED and self._samples is not None:
             self._samples.engine_failed()
         if not self._end.done():
             self._end.set_result(_End(code, reason))
@@ -405,11 +439,3 @@ class RolloutWorker:
         if self._gate is None or self._serving_since is None or now <= self._serving_since:
             return 0.0
         return min(1.0, max(0.0, 1.0 - self._gate.busy_seconds / (now - self._serving_since)))
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    """The exceptions of a group, groups in it opened."""
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found

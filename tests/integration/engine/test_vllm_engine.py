@@ -6,7 +6,9 @@ One engine serves the module; the class at the top has its own, which it ruins.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import multiprocessing
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +104,16 @@ class TestAnEngineThatIsGivenUp:
         assert result.max_abs > 0.5
 
     async def test_an_update_that_fails_part_way_poisons_the_engine(
-        self, engine_without_repacking: VllmEngine, first: Version, directory: Path
+        self, engine_without_repacking: VllmEngine, first: Version
     ) -> None:
-        state = _state(first.model)
-        state["model.layers.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
-        with pytest.raises(EnginePoisoned, match="loading version 1 failed part-way"):
-            await _swap(engine_without_repacking, first.manifest, _saved(state, directory / "shape.safetensors"))
+        with first.weights.open("rb") as file:
+            # A file that this process can read, and the engine's own process cannot.
+            number = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, 700)
+        try:
+            with pytest.raises(EnginePoisoned, match="loading version 1 failed part-way"):
+                await _swap(engine_without_repacking, first.manifest, Path(f"/proc/self/fd/{number}"))
+        finally:
+            os.close(number)
         with pytest.raises(EnginePoisoned, match="version 1 was begun to be loaded and not finished"):
             await engine_without_repacking.generate(_request(0))
 
@@ -274,7 +280,7 @@ async def test_an_update_beside_running_requests_is_refused(engine: VllmEngine, 
     assert (await running).spans == (VersionSpan(1, 0, 300),)
 
 
-@pytest.mark.parametrize("defect", ["cut off", "no k_proj", "no up_proj", "not there"])
+@pytest.mark.parametrize("defect", ["cut off", "no k_proj", "no norm", "shape", "foreign", "not there"])
 async def test_a_file_that_is_not_whole_is_refused_before_the_engine_is_touched(
     engine: VllmEngine, second: Version, tmp_path: Path, defect: str
 ) -> None:
@@ -282,15 +288,21 @@ async def test_a_file_that_is_not_whole_is_refused_before_the_engine_is_touched(
     match defect:
         case "cut off":
             broken.write_bytes(second.weights.read_bytes()[:-100])
-            reason = "weights broken.safetensors cannot be read"
+            reason = "broken.safetensors cannot be read"
         case "no k_proj":
             _saved(_state(second.model, without="model.layers.1.self_attn.k_proj.weight"), broken)
-            reason = "hold model.layers.1.self_attn.q_proj.weight without k_proj"
-        case "no up_proj":
-            _saved(_state(second.model, without="model.layers.0.mlp.up_proj.weight"), broken)
-            reason = "hold model.layers.0.mlp.gate_proj.weight without up_proj"
+            reason = r"1 tensors are missing \(model.layers.1.self_attn.k_proj.weight\)"
+        case "no norm":
+            _saved(_state(second.model, without="model.norm.weight"), broken)
+            reason = r"1 tensors are missing \(model.norm.weight\)"
+        case "shape":
+            _saved(_state(second.model) | {"model.layers.1.mlp.down_proj.weight": torch.zeros(3, 3)}, broken)
+            reason = r"1 have another shape \(model.layers.1.mlp.down_proj.weight \(3, 3\) instead of \(64, 128\)\)"
+        case "foreign":
+            _saved(_state(second.model) | {"model.layers.2.mlp.down_proj.weight": torch.zeros(64, 128)}, broken)
+            reason = "1 are not of this model"
         case _:
-            reason = "weights broken.safetensors cannot be read"
+            reason = "broken.safetensors cannot be read"
     scored = await engine.score(PROBE_TOKENS)
     await engine.pause()
     with pytest.raises(EngineError, match=reason) as caught:

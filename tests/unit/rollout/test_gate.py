@@ -6,6 +6,7 @@ import pytest
 from tests.fakes.engine import DeadEngine, ScriptedEngine, logprob_of
 
 from rljob_api.errors import DeadlineExceeded, EngineError
+from rljob_api.messages import TrajectoryHeader
 from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
 from rljob_runtime.rollout.gate import MAX_SPURIOUS_ABORTS, Gate
 from rljob_runtime.rollout.partial import PartialRollout
@@ -47,7 +48,7 @@ async def test_a_shut_gate_admits_nothing_until_it_opens() -> None:
         await asyncio.sleep(0.01)
         assert engine.events == []
         gate.open()
-        assert (await turn).finish == "length"
+        assert await turn == "length"
 
 
 async def test_a_waiter_that_wakes_behind_a_gate_that_shut_again_stays_out() -> None:
@@ -80,13 +81,15 @@ async def test_an_interruption_at_any_token_neither_loses_nor_repeats_one(at: in
         if at < 6:
             await engine.held.wait()
             await swap(gate, engine, 4)
-        generation = await turn
-        assert generation.tokens == tuple(script(3 + i) for i in range(6))
+        assert await turn == "length"
+        tokens = tuple(script(3 + i) for i in range(6))
+        assert partial.turn_tokens == tokens
+        generation = partial.trajectory(TrajectoryHeader.model_construct())
         versions = [3] * at + [4] * (6 - at)
-        assert generation.logprobs == tuple(logprob_of(v, 3 + i) for i, v in enumerate(versions))
-        assert [s.version for s in generation.spans for _ in range(s.start, s.end)] == versions
-        assert partial.tokens == [*PROMPT, *generation.tokens]
-        assert engine.prompts == ([PROMPT, PROMPT + generation.tokens[:at]] if at < 6 else [PROMPT])
+        assert generation.behavior_logprobs[3:].tolist() == [logprob_of(v, 3 + i) for i, v in enumerate(versions)]
+        assert generation.weight_version.tolist() == [-1, -1, -1, *versions]
+        assert partial.tokens == [*PROMPT, *tokens]
+        assert engine.prompts == ([PROMPT, PROMPT + tokens[:at]] if at < 6 else [PROMPT])
         assert tally.tokens_generated == 6 == gate.tokens_in_flight
         assert tally.tokens_salvaged == (at if at < 6 else 0)
         assert tally.partials_continued == (1 if 0 < at < 6 else 0)
@@ -106,8 +109,8 @@ async def test_an_abort_that_lands_on_the_last_token_ends_the_turn(token: int, f
     gate.open()
     with gate.partial() as partial:
         partial.begin_turn()
-        generation = await gate.generate(request(2), partial)
-    assert (generation.tokens, generation.finish, engine.events) == ((8, token), finish, ["r-0"])
+        assert await gate.generate(request(2), partial) == finish
+    assert (partial.turn_tokens, engine.events) == ((8, token), ["r-0"])
 
 
 async def test_shutting_pauses_again_for_a_request_that_slipped_in_while_the_engine_paused() -> None:
@@ -154,7 +157,8 @@ async def test_an_abort_that_nobody_ordered_is_resubmitted_and_counted() -> None
     engine.abort_next = 2
     with gate.partial() as partial:
         partial.begin_turn()
-        assert len((await gate.generate(request(), partial)).tokens) == 6
+        assert await gate.generate(request(), partial) == "length"
+        assert partial.num_model_tokens == 6
     assert (tally.spurious_aborts, tally.interruptions, tally.tokens_salvaged) == (2, 0, 0)
 
 
@@ -258,3 +262,13 @@ def test_tokens_whose_version_would_be_a_guess_are_refused(
     with pytest.raises(EngineError, match="must cover the tokens in order"):
         partial.take(generation)
     assert len(partial) == 0
+
+
+def test_a_generation_that_went_on_across_versions_gives_each_token_its_own() -> None:
+    partial = PartialRollout()
+    partial.observe(PROMPT)
+    partial.begin_turn()
+    spans = (VersionSpan(4, 0, 1), VersionSpan(5, 1, 3))
+    assert partial.take(Generation((7, 8, 9), (-1.0, -2.0, -3.0), spans, "length")) == 1
+    assert partial.take(Generation((7,), (-1.0,), (VersionSpan(4, 0, 1),), "length")) == 1
+    assert partial.trajectory(TrajectoryHeader.model_construct()).weight_version.tolist() == [-1, -1, -1, 4, 5, 5, 4]

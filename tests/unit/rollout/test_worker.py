@@ -330,3 +330,41 @@ async def test_old_weights_do_not_pile_up_on_disk(rig: Rig) -> None:
 
 def test_exit_codes_are_those_hosts_know() -> None:
     assert (worker_module.EXIT_STOPPED, worker_module.EXIT_RESTART, worker_module.EXIT_CONFIGURATION) == (0, 70, 78)
+
+
+@pytest.mark.parametrize("end", ["drain", "poison", "dead engine"])
+async def test_a_cancellation_that_a_library_swallows_does_not_keep_the_worker_from_ending(rig: Rig, end: str) -> None:
+    async def beat(key: str, value: Any) -> None:
+        try:
+            await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            return  # as wait_for of Python 3.11 does when its future is done already
+        finally:
+            rig.link.states.append(value)
+
+    rig.link.beat = beat  # type: ignore[method-assign]
+    rig.order(0)
+    rig.start()
+    await until(lambda: rig.state.serving_version == 0)
+    rig.worker._report_now.set()
+    await asyncio.sleep(0.01)
+    if end == "drain":
+        assert await rig.stop() == EXIT_STOPPED
+    elif end == "poison":
+        rig.engine.scores_wrong = True
+        rig.order(1)
+        assert await rig.ended() == EXIT_RESTART
+    else:
+        rig.engine.die = True
+        rig.queue.put(sample(0))
+        assert await rig.ended() == EXIT_RESTART
+
+
+async def test_a_defect_in_a_task_ends_the_worker_with_a_last_state(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.order(0)
+    rig.start()
+    await until(lambda: rig.state.serving_version == 0)
+    rig.queue.waiting.append(None)  # type: ignore[arg-type]
+    assert await rig.ended() == EXIT_RESTART
+    assert rig.last.phase is WorkerPhase.POISONED and "TypeError" in rig.last.message
+    assert "a task of the worker failed" in caplog.text
