@@ -50,6 +50,10 @@ class SimulatedEngine(FrozenModel):
     decode_seconds: float = Field(default=0.0, ge=0, le=10, description="Time of one decode step, whatever the batch.")
     prefill_seconds: float = Field(default=0.0, ge=0, le=10, description="Time to take in one request.")
     load_seconds: float = Field(default=0.0, ge=0, le=600, description="Time to load a weight version.")
+    batch_invariant: bool = Field(
+        default=False,
+        description="Compute each request by itself: what it yields is then the same to the last bit whatever runs beside it.",
+    )
 
 
 class Engine(FrozenModel):

@@ -36,6 +36,9 @@ class SeenWorker:
 
     state: WorkerState
     changed_at: float
+    behind_since: float | None = None
+    """Since when it neither serves what is ordered nor gets nearer: orders that come faster than it is given time for
+    one do not hide a worker that is stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,6 @@ class CoordinatorState:
     settings: CoordinatorSettings
     term: int | None = None
     desired: DesiredVersion | None = None
-    ordered_at: float = 0.0
     writing: DesiredVersion | None = None
     published: PublishedVersion | None = None
     checking: PublishedVersion | None = None
@@ -186,7 +188,7 @@ def step(state: CoordinatorState, event: Event, now: float) -> tuple[Coordinator
         return state, ()
     match event:
         case TermClaimed(term, desired):
-            state = replace(state, term=term, desired=desired, ordered_at=now)
+            state = replace(state, term=term, desired=desired)
             if desired is not None:
                 quarantined = frozenset((desired.published.epoch, version) for version in desired.quarantined)
                 state = replace(state, last_good=desired.published, quarantined=quarantined)
@@ -198,7 +200,7 @@ def step(state: CoordinatorState, event: Event, now: float) -> tuple[Coordinator
         case WorkersSeen(workers):
             state = _on_workers(state, workers, now)
         case DesiredWritten(desired):
-            state = replace(state, desired=desired, writing=None, ordered_at=now)
+            state = replace(state, desired=desired, writing=None)
         case Fenced():
             reason = "another coordinator wrote the desired version: this one stops"
             return replace(state, stopped=reason, writing=None), (Stop(reason),)
@@ -235,7 +237,8 @@ def _on_workers(state: CoordinatorState, reported: tuple[WorkerState, ...], now:
             state = _end(state, seen.state)
             seen = None
         if seen is None or report.revision > seen.state.revision:
-            workers[report.worker] = SeenWorker(report, now)
+            stays = seen is not None and seen.state.serving_version == report.serving_version
+            workers[report.worker] = SeenWorker(report, now, seen.behind_since if seen is not None and stays else None)
             state = _note_failure(state, report)
     for name, seen in tuple(workers.items()):
         if seen.state.phase is WorkerPhase.STOPPED or now - seen.changed_at >= state.settings.liveness_seconds:
@@ -287,6 +290,7 @@ def _advance(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tup
         effects.append(Beat())
     state, check = _check_published(state, now)
     state, order = _order(state)
+    state = _time_laggards(state, now)
     state, restarts = _restart_laggards(state, now)
     return state, (*effects, *check, *order, *restarts)
 
@@ -330,12 +334,21 @@ def _awaits_check(state: CoordinatorState) -> bool:
     return state.last_good is None or _rank(state.published) > _rank(state.last_good)
 
 
+def _time_laggards(state: CoordinatorState, now: float) -> CoordinatorState:
+    laggards = set(laggards_of(state))
+    workers = {}
+    for name, seen in state.workers.items():
+        since = None if name not in laggards else now if seen.behind_since is None else seen.behind_since
+        workers[name] = seen if since == seen.behind_since else replace(seen, behind_since=since)
+    return replace(state, workers=MappingProxyType(workers))
+
+
 def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
     effects: list[Effect] = []
-    if state.desired is None or now - state.ordered_at < state.settings.timeout_seconds:
-        return state, ()
     for name in laggards_of(state):
         seen = state.workers[name]
+        if seen.behind_since is None or now - seen.behind_since < state.settings.timeout_seconds:
+            continue
         key = (name, seen.state.incarnation)
         spent = state.restarts.get(name, 0)
         if key in state.restarted or spent >= state.settings.max_restarts_per_worker:
@@ -343,9 +356,10 @@ def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorS
         if seen.state.phase in (WorkerPhase.STARTING, WorkerPhase.DRAINING):
             continue  # an engine that is still starting has its own deadline; one that drains swaps no more
         serving = "no version" if seen.state.serving_version is None else f"version {seen.state.serving_version}"
+        assert state.desired is not None  # or there were no laggards
         reason = (
-            f"serves {serving} {state.settings.timeout_seconds:g} s after version "
-            f"{state.desired.published.version} was ordered"
+            f"has served {serving} for {now - seen.behind_since:.0f} s while later ones were ordered, now version "
+            f"{state.desired.published.version}"
         )
         state = replace(
             state,

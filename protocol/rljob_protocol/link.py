@@ -124,7 +124,8 @@ class Link:
                 link._wake()
 
         async def disconnected() -> None:
-            log.warning("messaging lost", extra={"client": client_name})
+            if link is None or not link.client.is_closed:  # not when we leave by ourselves
+                log.warning("messaging lost", extra={"client": client_name})
 
         async def failed(error: Exception) -> None:
             log.debug("messaging error", extra={"client": client_name, "error": repr(error)})

@@ -20,6 +20,7 @@ SUBJECT_TAKEN = "maximum messages per subject exceeded"
 BACK_PRESSURE_SECONDS = 0.5
 READ_BATCH = 64
 READ_WAIT_SECONDS = 1.0
+UNCLAIMED_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,15 @@ class TaskQueue:
                 continue
             claimed.append(ClaimedTask(task, message.metadata.num_delivered, message, self._link))
         return claimed
+
+    async def release_unclaimed(self) -> None:
+        """Give back samples that the server sent after their claim had ended: else they wait for their lease to run out.
+
+        For the end of a worker, when it claims no more.
+        """
+        while self._subscription is not None and self._subscription.pending_msgs:
+            for claimed in await self.claim(1, UNCLAIMED_SECONDS):
+                await claimed.release()
 
     async def depth(self) -> int:
         """Samples queued or leased."""

@@ -97,6 +97,9 @@ class FakeQueue:
         taken, self.waiting = self.waiting[:max_tasks], self.waiting[max_tasks:]
         return [FakeLease(self, task, attempt) for task, attempt in taken]
 
+    async def release_unclaimed(self) -> None:
+        pass
+
 
 class FakeLog:
     def __init__(self, link: FakeLink) -> None:

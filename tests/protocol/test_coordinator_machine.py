@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from rljob_api.messages import DesiredVersion, PublishedVersion, WorkerCounters, WorkerPhase, WorkerState
@@ -191,18 +193,24 @@ def test_it_beats_at_its_interval() -> None:
 
 
 def test_a_worker_that_has_not_converged_in_time_is_restarted_once_an_incarnation_within_its_budget() -> None:
-    state = ordering(3)
-    state, effects = run(state, WorkersSeen((worker("w", 2), worker("x", 3))), now=119.9)
+    def reason(seconds: int) -> str:
+        return f"has served version 2 for {seconds} s while later ones were ordered, now version 3"
+
+    settings = CoordinatorSettings(timeout_seconds=20.0, beat_seconds=1e9, max_restarts_per_worker=2)
+    state, _ = run(ordering(3), SettingsChanged(settings), WorkersSeen((worker("w", 2), worker("x", 3))))
+    state, effects = run(state, WorkersSeen((worker("w", 2, 2), worker("x", 3, 2))), now=19.9)
     assert effects == ()
-    reason = "serves version 2 120 s after version 3 was ordered"
-    live = worker("w", 2, 2), worker("x", 3, 2)
-    state, effects = run(state, WorkersSeen(live), Tick(), WorkersSeen(live), now=120.0)
-    assert effects == (RestartWorker("w", "a", reason),)
-    state, effects = run(state, WorkersSeen((worker("w", 2, incarnation="b"),)), now=121.0)
-    assert effects == (RestartWorker("w", "b", reason),)
-    state, effects = run(state, WorkersSeen((worker("w", 2, incarnation="c"),)), now=122.0)
+    live = worker("w", 2, 3), worker("x", 3, 3)
+    state, effects = run(state, WorkersSeen(live), Tick(), WorkersSeen(live), now=20.0)
+    assert effects == (RestartWorker("w", "a", reason(20)),)
+    state, effects = run(state, WorkersSeen((worker("w", 2, incarnation="b"),)), now=21.0)
+    assert effects == (), "a new incarnation has its own time"
+    state, effects = run(state, WorkersSeen((worker("w", 2, 2, incarnation="b"),)), now=42.0)
+    assert effects == (RestartWorker("w", "b", reason(21)),)
+    state, _ = run(state, WorkersSeen((worker("w", 2, incarnation="c"),)), now=43.0)
+    state, effects = run(state, WorkersSeen((worker("w", 2, 2, incarnation="c"),)), now=64.0)
     assert effects == (), "the budget of 2 is spent"
-    assert summary(state, 122.0).restarts == 2
+    assert summary(state, 64.0).restarts == 2
 
 
 @pytest.mark.parametrize("phase", [WorkerPhase.STARTING, WorkerPhase.DRAINING])
@@ -211,14 +219,39 @@ def test_a_worker_that_starts_or_drains_is_no_laggard_to_restart(phase: WorkerPh
     assert effects == ()
 
 
-def test_the_timeout_counts_from_the_newest_order_and_may_change() -> None:
-    state, _ = run(ordering(3), PublishedSeen(published(4)), ManifestChecked(published(4), None), now=100.0)
-    state, _ = run(state, DesiredWritten(desired(4, 2)), now=100.0)
-    state, effects = run(state, WorkersSeen((worker("w", 3),)), now=130.0)
+def ordered_every(seconds: float, serving: Callable[[int], int]) -> tuple[Effect, ...]:
+    """Effects of orders 4 to 8, one every `seconds`, with one worker that serves `serving(ordered)`."""
+    state, found = ordering(3), []
+    for number in range(4, 9):
+        now = (number - 3) * seconds
+        state, effects = run(
+            state,
+            WorkersSeen((worker("w", serving(number - 1), number),)),
+            PublishedSeen(published(number)),
+            ManifestChecked(published(number), None),
+            DesiredWritten(desired(number, number - 2)),
+            now=now,
+        )
+        found += [effect for effect in effects if isinstance(effect, RestartWorker)]
+    return tuple(found)
+
+
+def test_orders_faster_than_the_timeout_do_not_hide_a_worker_that_is_stuck() -> None:
+    said = "has served version 2 for 120 s while later ones were ordered, now version 6"
+    assert ordered_every(40.0, lambda _: 2) == (RestartWorker("w", "a", said),)
+
+
+def test_a_worker_that_follows_one_version_late_is_never_restarted() -> None:
+    assert ordered_every(100.0, lambda ordered: ordered - 1) == ()
+
+
+def test_a_shorter_timeout_counts_at_once() -> None:
+    state, _ = run(ordering(3), WorkersSeen((worker("w", 2),)), now=100.0)
+    state, effects = run(state, WorkersSeen((worker("w", 2, 2),)), now=125.0)
     assert effects == ()
-    shorter = CoordinatorSettings(timeout_seconds=20.0, beat_seconds=1e9)
-    _, effects = run(state, SettingsChanged(shorter), now=130.0)
-    assert effects == (RestartWorker("w", "a", "serves version 3 20 s after version 4 was ordered"),)
+    _, effects = run(state, SettingsChanged(CoordinatorSettings(timeout_seconds=20.0, beat_seconds=1e9)), now=125.0)
+    said = "has served version 2 for 25 s while later ones were ordered, now version 3"
+    assert effects == (RestartWorker("w", "a", said),)
 
 
 def test_the_same_version_of_another_epoch_is_not_convergence() -> None:

@@ -106,11 +106,11 @@ class SampleRunner:
     async def release_all(self) -> None:
         """Give back what is unfinished, within a deadline; leases that it misses run out by themselves."""
         releases = [asyncio.create_task(self._release(lease, 0.0)) for lease in self._leases.values()]
+        releases.append(asyncio.create_task(self._queue.release_unclaimed()))
         self._leases.clear()
-        if releases:
-            _, late = await asyncio.wait(releases, timeout=RELEASE_DEADLINE_SECONDS)
-            for release in late:
-                release.cancel()
+        _, late = await asyncio.wait(releases, timeout=RELEASE_DEADLINE_SECONDS)
+        for release in late:
+            release.cancel()
 
     async def _claim(self, group: asyncio.TaskGroup) -> None:
         while self._is_claiming:

@@ -52,11 +52,9 @@ class _Running:
 class SimulatedEngine:
     """Steps all requests in flight together, one token a step. SIMULATED: its speed says nothing about a real engine."""
 
-    def __init__(self, model_directory: Path, times: SimulatedTimes, *, batch_invariant: bool = False) -> None:
-        """`batch_invariant` runs each request by itself: results are then equal to the last bit whatever runs beside it."""
+    def __init__(self, model_directory: Path, times: SimulatedTimes) -> None:
         self._directory = model_directory
         self._times = times
-        self._batch_invariant = batch_invariant
         self._model: Any = None
         self._expected: ExpectedTensors | None = None
         self._vocab_size = 0
@@ -169,7 +167,7 @@ class SimulatedEngine:
             await _sleep_rest(self._times.decode_seconds, started)
 
     def _sample(self, batch: list[_Running]) -> None:
-        groups = [[running] for running in batch] if self._batch_invariant else [batch]
+        groups = [[running] for running in batch] if self._times.batch_invariant else [batch]
         for group in groups:
             for running, logits_V in zip(group, self._next_logits(group), strict=True):
                 self._extend(running, logits_V)

@@ -181,11 +181,11 @@ async def test_a_worker_serves_is_interrupted_outlives_an_outage_and_drains(stag
     stage.server.kill()
     await asyncio.sleep(1.0)
     stage.server.restart()
-    await stage.until(lambda state: state.counters.trajectories == 24)
-    async with asyncio.timeout(20):
-        while len(trainer.received) < 24:
+    # A kill may take an acknowledgement with it, and then a sample is delivered twice: the trainer's ledger drops one.
+    async with asyncio.timeout(120):
+        while {t.header.task for t in trainer.received} < set(range(24)):
             await asyncio.sleep(0.05)
-    assert sorted(t.header.task for t in trainer.received) == list(range(24))
+    assert {t.header.task for t in trainer.received} == set(range(24))
     assert {t.num_model_tokens for t in trainer.received} <= set(range(6, 25))
     spanning = [t for t in trainer.received if len(t.versions) > 1]
     assert spanning and all(t.header.interruptions >= 1 for t in spanning)
@@ -198,15 +198,14 @@ async def test_a_worker_serves_is_interrupted_outlives_an_outage_and_drains(stag
     assert last is not None and last.phase is WorkerPhase.STOPPED and last.in_flight == 0
     assert is_conserved(last) and last.counters.tokens_lost == 0
     assert last.counters.interruptions == 2 and last.counters.partials_continued >= 1
-    async with asyncio.timeout(10):  # the leases went back at once: another worker gets them long before they run out
-        claimed = []
-        while len(claimed) < 16:
-            claimed += await trainer.queue.claim(16, 0.5)
-            claimed = [lease for lease in claimed if lease.task.task >= 100]
-            if len(claimed) + len([t for t in trainer.received if t.header.task >= 100]) >= 16:
-                break
-    for lease in claimed:
-        await lease.ack()
+    # The leases went back at once: another worker gets them long before they run out after 15 s.
+    finished = {t.header.task for t in trainer.received}
+    returned: set[int] = set()
+    async with asyncio.timeout(5):
+        while not set(range(100, 116)) <= finished | returned:
+            for lease in await trainer.queue.claim(16, 0.5):
+                returned.add(lease.task.task)
+                await lease.ack()
 
 
 async def test_a_version_whose_probe_is_wrong_is_never_served_and_ends_the_process(stage: Stage) -> None:

@@ -91,7 +91,7 @@ async def test_a_result_depends_neither_on_the_batch_nor_on_interruptions(
 
 
 async def test_batch_invariant_results_are_equal_to_the_last_bit(model: SmallModel) -> None:
-    engine = SimulatedEngine(model.bare, SimulatedTimes(), batch_invariant=True)
+    engine = SimulatedEngine(model.bare, SimulatedTimes(batch_invariant=True))
     await engine.start()
     await hold(engine, model, 0)
     together = await generate_all(engine, range(4), 16)
