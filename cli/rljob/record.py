@@ -79,11 +79,16 @@ class RecordedStep:
         return found
 
     @property
+    def is_trained(self) -> NDArray[np.bool_]:
+        """[N], model tokens that entered the loss."""
+        codes = [code for code, name in self.source_names.items() if name in UNTRAINED_SOURCES]
+        found: NDArray[np.bool_] = (self.tensors["loss_mask"] > 0) & ~np.isin(self.tensors["old_source"], codes)
+        return found
+
+    @property
     def num_trained(self) -> int:
         """Model tokens that entered the loss."""
-        codes = [code for code, name in self.source_names.items() if name in UNTRAINED_SOURCES]
-        trained = (self.tensors["loss_mask"] > 0) & ~np.isin(self.tensors["old_source"], codes)
-        return int(trained.sum())
+        return int(self.is_trained.sum())
 
     def row(self, index: int) -> slice:
         """Where row `index` lies in the tensors."""

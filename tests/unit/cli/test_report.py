@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tests.unit.cli.synthetic import report, worker, write_run
+from safetensors.numpy import save
+from tests.unit.cli.synthetic import SOURCES, report, worker, write_run
 
+from rljob.leak import version_that_passes
 from rljob.report import PLOTS, write_report
 from rljob.run_directory import RunDirectory
 from rljob_api.errors import BadInput, RljobError
+from rljob_api.messages import Outcome, TrajectoryHeader
 
 VOID = {"meta", "br", "path", "use", "rect", "stop", "img", "hr", "input", "link"}
 REFERENCES = ("src", "href", "xlink:href", "data", "action", "poster", "srcset")
@@ -66,7 +71,7 @@ def test_one_run_has_every_plot_its_summary_and_its_workers(tmp_path: Path) -> N
         assert caption in page.text
     for cell in ("Snapshot", "3,000", "Stale 90", "main-0", "Stopped"):
         assert cell in page.cells, cell
-    assert "flat: no staleness in it" in page.text
+    assert "a: whether staleness leaks into log r_d was not tested" in page.text
 
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
@@ -131,14 +136,59 @@ def test_a_run_with_little_or_much_to_show_still_has_every_plot(tmp_path: Path, 
     assert (tmp_path / "report.html").stat().st_size < 1 << 20
 
 
-def test_discrepancy_that_rises_with_staleness_is_said(tmp_path: Path) -> None:
-    rising = {
-        str(bucket): {"tokens": 10, "rmsLogDiscrepancy": 1e-3 * 2**bucket, "maxAbsLogDiscrepancy": 0.1}
-        for bucket in range(3)
-    }
-    directory = write_run(tmp_path / "a", [report(1, discrepancy_by_staleness=rising)], [])
-    page = written([directory], tmp_path / "report.html")
-    assert "4.00 times that at 0, rising: staleness leaks into the mask" in page.text
+def with_record(root: Path, leaking: float) -> RunDirectory:
+    """Forty steps of eight trajectories with noise in log r_d that grows over training, and `leaking` a version more."""
+    generator = np.random.default_rng(3)
+    directory = make_run(root, steps=40)
+    (directory.record / "steps").mkdir(parents=True)
+    for step in range(1, 41):
+        staleness = np.repeat(generator.integers(0, min(step, 4), (8, 1)), 20, axis=1)
+        noise = generator.normal(0, 1e-3 * step, staleness.shape) * (1 + leaking * staleness)
+        turn = np.tile(np.repeat([-1, 0], [2, 18]), (8, 1))
+        is_model = turn >= 0
+        tensors = {
+            "tokens": np.zeros(turn.shape, np.int32),
+            "turn": turn.astype(np.int32),
+            "weight_version": np.where(is_model, step - 1 - staleness, -1).astype(np.int32),
+            "behavior_logprobs": np.zeros(turn.shape, np.float32),
+            "old_logprobs": np.where(is_model, noise, 0).astype(np.float32),
+            "old_source": np.where(is_model, 2, 0).astype(np.uint8),
+            "target_logprobs": np.zeros(turn.shape, np.float32),
+            "advantages": np.zeros(turn.shape, np.float32),
+            "loss_mask": is_model.astype(np.uint8),
+        }
+        header = TrajectoryHeader(
+            task=step, sample=0, attempt=1, epoch=1, worker="main-0", incarnation="a", outcome=Outcome.FINISHED
+        )
+        said = {
+            "step": step,
+            "epoch": 1,
+            "version_start": step - 1,
+            "temperature": 1.0,
+            "compute_type": "Float32",
+            "source_names": SOURCES,
+            "headers": [header.model_dump(mode="json", by_alias=True)] * 8,
+        }
+        flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
+        flat["row_offsets"] = np.arange(9, dtype=np.int64) * 20
+        (directory.record / "steps" / f"{step:06d}.safetensors").write_bytes(save(flat, {"rljob": json.dumps(said)}))
+    return directory
+
+
+def test_staleness_in_the_discrepancy_is_told_from_noise_that_grows_over_training(tmp_path: Path) -> None:
+    page = written([with_record(tmp_path / "a", 0.0), with_record(tmp_path / "b", 0.3)], tmp_path / "report.html")
+    of_a, of_b = re.findall(r"(.): RMS of log r_d varies by (.*?)% .*?: (flat|it changes)", page.text)
+    assert (of_a[0], of_a[2]) == ("a", "flat")
+    assert (of_b[0], of_b[2]) == ("b", "it changes")
+    assert float(of_a[1]) < 10 < float(of_b[1])
+    assert page.cells[page.cells.index("Flatness, p") + 2] == "0.001"
+    assert float(page.cells[page.cells.index("Flatness, p") + 1]) > 0.01
+
+
+def test_only_tokens_from_before_the_reward_passed_count() -> None:
+    assert version_that_passes([0.0] * 20) == 21
+    assert version_that_passes([0.0] * 10 + [0.9] * 20) == 19, "eight of the last ten steps, and a tenth of the rest"
+    assert version_that_passes([0.9]) == 1
 
 
 def test_a_run_without_a_step_has_nothing_to_report(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Has staleness leaked into the discrepancy ratio? A permutation test on the record of a run.
+
+The size of log r_d depends on the position in the trajectory and on how far training has come, and so does staleness.
+Neither is a leak, so staleness is permuted over whole trajectories within (position, phase of training) only; see
+`rljob_runtime.correction.diagnostics.flatness_test`. Late in training the policy is nearly certain of most tokens and
+the rare others dominate every RMS: tokens count that were sampled before the mean reward passed `REWARD_BELOW`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rljob.record import Record, RecordedStep
+from rljob_runtime.correction.diagnostics import flatness_test
+
+POSITION_BINS = 4
+PHASE_STEPS = 5
+"""Coarser phases hold visible training progress, which then looks like a leak: 20 steps were seen to be too many."""
+REWARD_BELOW = 0.8
+REWARD_STEPS = 10
+"""Steps that the mean reward is taken over."""
+PERMUTATIONS = 999
+SIGNIFICANCE = 0.01
+MAX_TRAJECTORIES = 20_000
+"""More are thinned out evenly: the test takes seconds then, and has more power than anyone needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """Outcome of the test."""
+
+    trajectories: int
+    tokens: int
+    effect: float
+    """Weighted standard deviation of the RMS of log r_d over staleness, relative: 0.1 says buckets differ by a tenth."""
+    p_value: float
+
+    @property
+    def found(self) -> bool:
+        return self.p_value < SIGNIFICANCE
+
+
+def find_leak(record: Record, rewards: Sequence[float]) -> Leak | None:
+    """Test the recorded trained tokens; None where none qualifies or all have one staleness.
+
+    Args:
+        record: of the run.
+        rewards: mean reward of steps 1, 2, ...
+
+    Raises:
+        MalformedMessage: a recorded step cannot be read.
+    """
+    limit = version_that_passes(rewards)
+    parts = [part for step in record.steps() for part in _trajectories(step, limit)]
+    parts = parts[:: -(-len(parts) // MAX_TRAJECTORIES) or 1]
+    if not parts:
+        return None
+    log_discrepancy_N, staleness_N, position_N, phase_N = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    if np.ptp(staleness_N) == 0:
+        return None
+    trajectory_N = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+    edges = np.quantile(position_N, np.linspace(0, 1, POSITION_BINS + 1)[1:-1])
+    effect, p_value = flatness_test(
+        log_discrepancy_N,
+        staleness_N,
+        trajectory_N,
+        np.stack([np.searchsorted(edges, position_N), phase_N], axis=1),
+        num_permutations=PERMUTATIONS,
+        seed=0,
+    )
+    return Leak(trajectories=len(parts), tokens=len(staleness_N), effect=effect, p_value=p_value)
+
+
+def version_that_passes(rewards: Sequence[float]) -> int:
+    """First version by which the mean reward of the last steps reached REWARD_BELOW; past the end where none did."""
+    for step in range(1, len(rewards) + 1):
+        recent = rewards[max(0, step - REWARD_STEPS) : step]
+        if sum(recent) >= REWARD_BELOW * len(recent):
+            return step
+    return len(rewards) + 1
+
+
+Columns = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def _trajectories(step: RecordedStep, limit: int) -> list[Columns]:
+    """(log r_d, staleness, position, phase) of the trained tokens of each trajectory that has some from before `limit`."""
+    tensors, found = step.tensors, []
+    wanted = step.is_trained & (tensors["weight_version"] < limit)
+    log_discrepancy = tensors["old_logprobs"].astype(np.float64) - tensors["behavior_logprobs"]
+    for index in range(len(step.headers)):
+        row = step.row(index)
+        places = np.flatnonzero(wanted[row])
+        if len(places):
+            found.append(
+                (
+                    log_discrepancy[row][places],
+                    step.staleness[row][places].astype(np.int64),
+                    places.astype(np.int64),
+                    np.full(len(places), step.step // PHASE_STEPS, np.int64),
+                )
+            )
+    return found
