@@ -142,7 +142,8 @@ def discrepancy_over_steps(runs: Sequence[PlottedRun]) -> str:
                     x, y = _thin(run, np.where(values > 0, values, np.nan))
                     axes.plot(x, y, color=colors[bucket], label=str(bucket), linewidth=1, marker=".", markersize=2)
                 axes.set(title=_titled(f"{title} |log r_d|", run, runs), xlabel="step")
-                _log_scale(axes)
+        for column in grid.T:
+            _log_scale(*column)
         _legend(figure.axes[-1], title="versions old")
 
     return _svg("discrepancy-steps", draw, WIDTH, HEIGHT * len(runs))
@@ -164,7 +165,7 @@ def discrepancy_by_staleness(runs: Sequence[PlottedRun]) -> str:
             axes.plot(x, largest, "_", color=color, markersize=12, markeredgewidth=2, label=f"{run.name}: largest")
         axes.set_xticks(range(len(buckets)), [str(bucket) for bucket in buckets])
         axes.set(xlabel="staleness of the token, in versions", ylabel="|log r_d|")
-        _log_scale(axes, min((one.rms_log_discrepancy for run in pooled for one in run.values()), default=0.0))
+        _log_scale(axes, lowest=min((one.rms_log_discrepancy for run in pooled for one in run.values()), default=0.0))
         _legend(axes)
 
     return _one("discrepancy-staleness", draw)
@@ -318,19 +319,23 @@ def _smooth(values: Floats) -> Floats:
     return np.asarray(np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same"))
 
 
-def _log_scale(axes: Axes, lowest: float | None = None) -> None:
+def _log_scale(*shared: Axes, lowest: float | None = None) -> None:
     """Whole decades, where there is something to show: all zero (engine and trainer agree exactly) has no logarithm.
 
-    Bars reach down to `lowest` less a decade: on a logarithmic axis they have no natural foot.
+    Several axes are those that share their scale. Bars reach down to `lowest` less a decade: on a logarithmic axis they have no natural foot.
     """
-    low, high = axes.dataLim.intervaly
+    intervals = [axes.dataLim.intervaly for axes in shared if np.isfinite(axes.dataLim.intervaly).all()]
+    if not intervals:
+        return
+    low, high = min(interval[0] for interval in intervals), max(interval[1] for interval in intervals)
     low = low if lowest is None else lowest
     if not (np.isfinite(high) and high > 0 and low > 0):
         return
-    axes.set_yscale("log")
-    axes.set_ylim(10 ** np.floor(np.log10(low) - (lowest is not None)), 10 ** np.ceil(np.log10(high) + 1e-9))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axes in shared:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    shared[0].set_ylim(10 ** np.floor(np.log10(low) - (lowest is not None)), 10 ** np.ceil(np.log10(high) + 1e-9))
 
 
 def _thousands(axes: Axes, axis: str) -> None:

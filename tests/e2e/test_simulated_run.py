@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -28,6 +29,15 @@ def verify(run_directory: Path, tokens: int = 500) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
+def largest_log_discrepancy(run_directory: Path) -> dict[int, float]:
+    """Largest |log r_d| of all steps by staleness."""
+    found: dict[int, float] = {}
+    for line in (run_directory / "steps.jsonl").read_text().splitlines():
+        for staleness, stats in json.loads(line)["discrepancyByStaleness"].items():
+            found[int(staleness)] = max(found.get(int(staleness), 0.0), stats["maxAbsLogDiscrepancy"])
+    return found
+
+
 def test_a_job_trains_forty_versions_and_every_claim_about_it_verifies(tmp_path: Path) -> None:
     code, output = run(tmp_path, job(), "--run-dir", str(tmp_path / "run"))
     assert code == 0, output
@@ -41,12 +51,28 @@ def test_a_job_trains_forty_versions_and_every_claim_about_it_verifies(tmp_path:
     assert seen["tokensLostToInterruptions"] == 0
     assert seen["conservation"]["problems"] == []
     assert seen["conservation"]["lost"] == 0
+    by_staleness = largest_log_discrepancy(tmp_path / "run")
+    assert sorted(by_staleness) == [0, 1, 2, 3]
+    assert max(by_staleness.values()) <= 1e-4
     checked = verify(tmp_path / "run")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "everything holds" in checked.stdout
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "run" / "checkpoints" / "final" / "model.safetensors").exists()
     assert processes_naming(str(tmp_path)) == []
+
+
+def test_the_current_policy_in_place_of_the_old_one_puts_staleness_into_the_discrepancy_ratio(tmp_path: Path) -> None:
+    """The bug that the paper names (arXiv 2605.12070), on request; the exact source's values are checked above."""
+    document = job(training__steps=30, correction={"oldLogprobs": "Current"})
+    code, output = run(tmp_path, document, "--run-dir", str(tmp_path / "run"))
+    assert code == 0, output
+    by_staleness = largest_log_discrepancy(tmp_path / "run")
+    assert sorted(by_staleness) == [0, 1, 2, 3]
+    assert by_staleness[0] <= 1e-4
+    assert min(by_staleness[staleness] for staleness in (1, 2, 3)) >= 1e-2
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "staleness leaks into the discrepancy mask" in report
 
 
 def test_killed_workers_and_a_killed_server_cost_counted_tokens_and_nothing_else(tmp_path: Path) -> None:
