@@ -469,7 +469,7 @@ def _run(job: RLJob, directory: RunDirectory, info: RunInfo, options: RunOptions
 
         write_report([directory], directory.report_file)
         print(f"  report         {directory.report_file}", file=out)
-    if code == 130:
+    if code != 0 and summary.steps:
         print(f"  go on with     rljob run --resume {directory.root}", file=out, flush=True)
     return code
 

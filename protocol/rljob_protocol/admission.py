@@ -213,6 +213,15 @@ def _min_version(ledger: Ledger, settings: AdmissionSettings, ordinal: int) -> i
     return min(version_of_step(ledger, step), ledger.version)
 
 
+def fits_slot(ledger: Ledger, settings: AdmissionSettings, task: int, oldest_version: int) -> bool:
+    """Whether a sample that began under a version can be trained whole at the step of its admitted group's slot.
+
+    A trainer that died leaves finished samples behind whose tasks its successor admits many steps later.
+    """
+    steps_ahead = max(0, ledger.groups[task].ordinal // settings.tasks_per_step - ledger.steps_trained)
+    return staleness_of(ledger, oldest_version) + steps_ahead <= settings.max_versions
+
+
 # ---------------------------------------------------------------------------------------------------------- samples
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -131,4 +132,41 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp
     assert seen["conservation"]["problems"] == []
     checked = verify(run_directory, 200)
     assert checked.returncode == 0, checked.stdout
+    assert processes_naming(str(tmp_path)) == []
+
+
+def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_trains_in_every_step(tmp_path: Path) -> None:
+    run_directory = tmp_path / "run"
+    with started(tmp_path, job(training__steps=30), "--run-dir", str(run_directory)) as process:
+        wait_for_steps(run_directory, 18)
+        trainer = [
+            pid
+            for launcher in children_of(process.pid)
+            for pid in children_of(launcher)
+            if b"trainer.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(trainer[0], signal.SIGKILL)
+        code = process.wait(90)
+    output = (tmp_path / "output.txt").read_text()
+    assert code == 1, output
+    assert f"--resume {run_directory}" in output
+    resumed = subprocess.run(
+        [sys.executable, "-m", "rljob.main", "run", "--resume", str(run_directory), "--plain"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    seen = summary(run_directory)
+    assert (seen["finished"], seen["steps"], seen["epochs"], seen["exactFraction"]) == (True, 30, 2, 1.0)
+    assert seen["conservation"]["problems"] == []
+    # Samples of versions that the resume rolled back would fill whole steps with tokens over the bound: they are made anew.
+    assert seen["conservation"]["dropped"]["RolledBack"] > 0
+    trained = [
+        0,
+        *(json.loads(line)["tokensTrained"] for line in (run_directory / "steps.jsonl").read_text().splitlines()),
+    ]
+    assert min(after - before for before, after in pairwise(trained)) > 0
+    assert verify(run_directory, 200).returncode == 0
     assert processes_naming(str(tmp_path)) == []

@@ -33,6 +33,7 @@ from rljob_protocol.admission import (
     admit,
     cursor,
     expire,
+    fits_slot,
     ledger_from_json,
     ledger_to_json,
     min_version_of,
@@ -420,6 +421,24 @@ def test_staleness_counts_steps_over_a_resume_and_a_rolled_back_version_counts_a
     assert [staleness_of(ledger, version) for version in (3, 5, 6, 7, 8, 9, 10, 11)] == [5, 3, 3, 3, 3, 2, 1, 0]
 
 
+def test_a_sample_that_a_dead_trainer_left_counts_only_where_its_slot_trains_it_whole() -> None:
+    settings = rules(max_versions=2, steps=20)
+    ledger = replace(new_ledger(), steps_trained=5, version=5, first_free_ordinal=10, next_task=10)
+    ledger, admitted = admit(on_resume(ledger, 9), settings)  # 6, 7 and 8 were published after the checkpoint
+    assert [(group.task, group.ordinal // 2) for group in admitted] == [
+        (10, 5),
+        (11, 5),
+        (12, 6),
+        (13, 6),
+        (14, 7),
+        (15, 7),
+    ]
+    fitting = {
+        version: [g.task for g in admitted if fits_slot(ledger, settings, g.task, version)] for version in (3, 5, 8, 9)
+    }
+    assert fitting == {3: [10, 11], 5: [10, 11, 12, 13], 8: [10, 11, 12, 13], 9: [10, 11, 12, 13, 14, 15]}
+
+
 def test_an_older_version_is_never_less_stale_whatever_was_resumed() -> None:
     """The oldest version of a sample stands for all its tokens."""
     settings = rules(max_versions=3)
@@ -539,14 +558,18 @@ class Job(RuleBasedStateMachine):
             assert group.min_version == min_version_of(self.ledger, self.settings, group.task)
             for sample in range(self.settings.samples_per_task):
                 early = self.early.pop((group.task, sample), None)
-                if early is None:
-                    self.queue[group.task, sample] = group.min_version
-                else:
+                if early is not None and self._fits(early):
                     self._receive(early)
+                else:
+                    self.queue[group.task, sample] = group.min_version
+
+    def _fits(self, early: SampleSeen) -> bool:
+        oldest = early.oldest_version
+        return oldest is None or fits_slot(self.ledger, self.settings, early.task, oldest)
 
     def _receive(self, message: SampleSeen) -> None:
         if message.task >= self.ledger.next_task:
-            self.early.setdefault((message.task, message.sample), message)
+            self.early[message.task, message.sample] = message  # the later one was rolled out anew
             return
         self.ledger, verdict = on_sample(self.ledger, self.settings, message, self.now)
         key = (message.task, message.sample)

@@ -51,6 +51,8 @@ class IntakeTotals:
     pending: int
     """Received and neither trained nor dropped yet."""
     last_sequence: int
+    rolled_back: tuple[int, ...] = ()
+    """Sequences that may be read again and whose tokens `dropped` counts as RolledBack."""
 
 
 NOTHING = IntakeTotals(received={}, received_up_to=0, dropped={}, pending=0, last_sequence=0)
@@ -84,11 +86,13 @@ class Intake:
         spec: RLJobSpec,
         epoch: int,
         ledger: Ledger,
+        cursor: int,
         totals: IntakeTotals,
         tasks: TaskQueue,
         log: TrajectoryLog,
         logger: logging.Logger,
     ) -> None:
+        """`ledger`, `cursor` and `totals` are those of the checkpoint: the stream is read from behind the cursor."""
         self._settings = admission_settings(spec)
         self._seed = spec.training.seed
         self._epoch = epoch
@@ -101,7 +105,8 @@ class Intake:
         self._dropped: Counter[str] = Counter(totals.dropped)
         self._received: Counter[str] = Counter(totals.received)
         self._received_up_to = totals.received_up_to
-        self._last_sequence = admission.cursor(ledger)
+        self._rolled_back = set(totals.rolled_back)
+        self._last_sequence = cursor
         self._changed = asyncio.Condition()
 
     async def recover(self) -> None:
@@ -165,13 +170,14 @@ class Intake:
             dropped=dict(self._dropped),
             pending=pending,
             last_sequence=self._last_sequence,
+            rolled_back=tuple(sorted(self._rolled_back)),
         )
 
     async def snapshot(self) -> tuple[dict[str, object], int]:
         """The ledger for a checkpoint, and the cursor below which the stream may be cut."""
-        first_early = min((sequence for sequence, _ in self._early.values()), default=None)
-        cursor = admission.cursor(self._ledger)
-        return admission.ledger_to_json(self._ledger), cursor if first_early is None else min(cursor, first_early - 1)
+        cursor = min((admission.cursor(self._ledger), *(sequence - 1 for sequence, _ in self._early.values())))
+        self._rolled_back = {sequence for sequence in self._rolled_back if sequence > cursor}
+        return admission.ledger_to_json(self._ledger), cursor
 
     async def queue_depths(self) -> tuple[int, int]:
         """(tasks waiting or leased, trajectories received and not yet trained)."""
@@ -206,10 +212,21 @@ class Intake:
         for group in admitted:
             for sample in range(self._settings.samples_per_task):
                 early = self._early.pop((group.task, sample), None)
-                if early is None:
-                    await self._publish(group.task, sample)
-                else:
+                if early is not None and self._fits(early[1]):
                     self._accept(*early)
+                    continue
+                if early is not None:
+                    self._roll_back(*early)
+                await self._publish(group.task, sample)
+
+    def _roll_back(self, sequence: int, trajectory: Trajectory) -> None:
+        self._dropped["RolledBack"] += trajectory.num_model_tokens
+        self._rolled_back.add(sequence)
+
+    def _fits(self, trajectory: Trajectory) -> bool:
+        """Whether a sample that was finished before its admission is fresh enough; else it is rolled out again."""
+        versions, task = trajectory.versions, trajectory.header.task
+        return not versions or admission.fits_slot(self._ledger, self._settings, task, versions[0])
 
     async def _publish(self, task: int, sample: int) -> None:
         message = Task(
@@ -250,13 +267,20 @@ class Intake:
             self._logger.warning("trajectory refused", extra={"sequence": sequence, "error": str(error)})
             self._pass(sequence)
             return
+        if sequence in self._rolled_back:
+            self._pass(sequence)
+            return
         header = trajectory.header
         again = sequence <= self._received_up_to
         if not again:
             self._received_up_to = sequence
             self._received[f"{header.worker}/{header.incarnation}"] += trajectory.num_model_tokens
         if header.task >= self._ledger.next_task:
-            # Finished under a trainer that died after its last checkpoint: its number will be admitted again.
+            # Finished under a trainer that died after its last checkpoint: its number will be admitted again. Of two,
+            # the first was rolled back by that trainer, and rolled out anew.
+            first = self._early.pop((header.task, header.sample), None)
+            if first is not None:
+                self._roll_back(*first)
             self._early[(header.task, header.sample)] = (sequence, trajectory)
             return
         self._accept(sequence, trajectory, again=again)

@@ -214,6 +214,7 @@ class Leader:
             "tokensDropped": dict(totals.dropped),
             "tokensReceived": dict(totals.received),
             "receivedUpTo": totals.received_up_to,
+            "rolledBack": list(totals.rolled_back),
         }
         return CheckpointState(epoch=self.epoch, version=version, step=step, ledger=ledger, counters=counters)
 

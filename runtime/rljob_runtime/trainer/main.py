@@ -83,6 +83,7 @@ class Counters(FrozenModel):
     tokens_dropped: dict[str, int] = Field(default_factory=dict)
     tokens_received: dict[str, int] = Field(default_factory=dict)
     received_up_to: int = 0
+    rolled_back: tuple[int, ...] = ()
 
 
 class _StopFlag:
@@ -228,11 +229,13 @@ def _make_leader(
         spec=spec,
         epoch=publisher.epoch,
         ledger=ledger,
+        cursor=0 if publisher.checkpoint is None else publisher.checkpoint.cursor,
         totals=replace(
             NOTHING,
             dropped=counted.tokens_dropped,
             received=counted.tokens_received,
             received_up_to=counted.received_up_to,
+            rolled_back=counted.rolled_back,
         ),
         tasks=TaskQueue(link),
         log=TrajectoryLog(link),
