@@ -35,7 +35,7 @@ from nats.js.api import (
 from nats.js.kv import KeyValue
 
 from rljob_api.base import WireMessage
-from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable
+from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable, StorageFull
 from rljob_api.messages import WorkerState
 from rljob_api.names import WORKER_KEY_PREFIX, JobNames
 
@@ -67,6 +67,8 @@ TRANSIENT = (
 """What an outage looks like from here."""
 STREAM_FULL = frozenset({10077, 10122, 10123})
 """Error codes of a discard-new stream at its bound; the server sends them as 503, which is otherwise an outage."""
+NO_SPACE = "no space left on device"
+"""What the server says of its full disk, under several codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,6 +438,7 @@ class Link:
 
         Raises:
             DeadlineExceeded: it did not within the deadline.
+            StorageFull: the server's disk is full.
         """
         deadline = time.monotonic() + deadline_seconds
         while True:
@@ -443,8 +446,12 @@ class Link:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that comes as the attempt succeeds.
                 async with asyncio.timeout(max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic()))):
                     return await attempt()
-            except TRANSIENT as error:
-                if getattr(error, "err_code", None) in STREAM_FULL:
+            except (*TRANSIENT, nats.js.errors.APIError) as error:
+                if isinstance(error, nats.js.errors.APIError) and NO_SPACE in (error.description or "").lower():
+                    raise StorageFull(
+                        f"{what}: the disk of the NATS server is full ({error.description}): give JetStream more file storage"
+                    ) from error
+                if not isinstance(error, TRANSIENT) or getattr(error, "err_code", None) in STREAM_FULL:
                     raise
                 if self.client.is_closed:
                     raise MessagingUnavailable(f"{what}: the connection was closed") from error
