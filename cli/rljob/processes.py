@@ -7,6 +7,7 @@ where it has a session of its own as torchrun's ranks have, is found by the job'
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -52,6 +53,15 @@ class Child:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
         except OSError:
             return ""
+
+    def last_said(self, event: str) -> str | None:
+        """The error that its log's last line of this event gives, None without one: a launcher's traceback may follow it."""
+        for line in reversed(self.tail(200).splitlines()):
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("event") == event:
+                    return str(entry.get("error", event))
+        return None
 
 
 def start(name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Child:

@@ -30,7 +30,7 @@ from rljob.live import LiveView, plain_line, render
 from rljob.run_directory import RunDirectory, RunInfo
 from rljob.summary import Summary, as_text, summarise
 from rljob_api import names
-from rljob_api.errors import DeadlineExceeded, RljobError, SpecError, StorageFull
+from rljob_api.errors import DeadlineExceeded, MessagingUnavailable, RljobError, SpecError, StorageFull
 from rljob_api.messages import PublishedVersion, StepReport, WorkerState
 from rljob_api.spec import RLJob
 from rljob_api.validate import ignored_locally
@@ -44,7 +44,11 @@ POLL_SECONDS = 0.2
 TRAINER_GRACE_SECONDS = 60.0
 WORKER_GRACE_SECONDS = 30.0
 MIN_FREE_BYTES = 512 << 20
+MIN_MESSAGING_BYTES = 4 << 20
 MAX_NATS_RESTARTS = 20
+NATS_RESTART_SECONDS = 120.0
+"""How long a nats-server that does not start is tried again; the other processes wait out an outage of that length."""
+NATS_BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0)
 SAVE_WORKERS_SECONDS = 2.0
 MIN_WORKER_RESTARTS = 3
 RESTART_BACKOFF_SECONDS = (0.5, 2.0, 5.0, 10.0)
@@ -100,6 +104,9 @@ class LocalRun:
         self._workers_saved_at = 0.0
         self._unread: dict[str, int] = {}
         self._nats_restarts = 0
+        self._nats_down_since: float | None = None
+        self._nats_retry_at = 0.0
+        self._nats_attempts = 0
         self._stop_signals = 0
         self._started_at = time.monotonic()
         self._live: Live | None = None
@@ -154,10 +161,12 @@ class LocalRun:
                 failure = await self._supervise(coordinating, following)
             if failure is None and self._stop_signals == 0:
                 await self._catch_up(link)
-            final = await link.read(names.KEY_PUBLISHED, PublishedVersion)
+            final = None if failure is not None else await link.read(names.KEY_PUBLISHED, PublishedVersion)
             await asyncio.to_thread(self._stop_children)
             await asyncio.sleep(0.2)
-            self._note_workers(await link.live_workers())
+            # Without a server there are no last words to read, and the failure must not be hidden by that.
+            with contextlib.suppress(DeadlineExceeded):
+                self._note_workers(await link.live_workers())
             return failure is None and final is not None and final.value.final, failure
         finally:
             for task in (coordinating, following):
@@ -168,27 +177,62 @@ class LocalRun:
         """Until the trainer ends or the run is told to stop; the reason when it failed."""
         while True:
             for task in own:
-                if task.done() and not task.cancelled() and task.exception() is not None:
-                    return f"{type(task.exception()).__name__}: {task.exception()}"
+                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                    while isinstance(error, BaseExceptionGroup):
+                        error = error.exceptions[0]
+                    return f"{type(error).__name__}: {error}"
             if self._stop_signals:
                 self._say("stopping: the trainer checkpoints, the workers hand over (Ctrl-C again kills)")
                 await self._stop_trainer()
                 return None
-            if not self._server.is_running():
-                if self._nats_restarts >= MAX_NATS_RESTARTS:
-                    return f"nats-server ended {self._nats_restarts} times (see {self._directory.nats / 'nats.log'})"
-                self._nats_restarts += 1
-                self._say("nats-server ended: starting it again on the same port and store")
-                await asyncio.to_thread(self._server.restart)
+            free = shutil.disk_usage(self._directory.nats).free
+            if free < MIN_MESSAGING_BYTES:
+                # Ended while there is room for last words: at none at all the server answers nobody, and all wait.
+                return (
+                    f"{self._directory.nats} has no room left for messages ({free >> 10} KiB free): free some, then go on "
+                    f"with rljob run --resume {self._directory.root}"
+                )
+            if not self._server.is_running() and (failure := await self._restart_server()) is not None:
+                return failure
             trainer = self._trainer
             if trainer is not None and (code := trainer.exit_code()) is not None:
                 if code == 0:
                     return None
+                reason = trainer.last_said("trainer failed")
+                if reason is not None:
+                    return f"the trainer ended with {code}: {reason} (see {trainer.log})"
                 return f"the trainer ended with {code}; the end of {trainer.log}:\n{_indent(trainer.tail())}"
             failure = self._tend_workers()
             if failure is not None:
                 return failure
             await asyncio.sleep(POLL_SECONDS)
+
+    async def _restart_server(self) -> str | None:
+        """One attempt to start nats-server again, when one is due; why the run fails, once they are spent."""
+        now = time.monotonic()
+        if self._nats_down_since is None:
+            if self._nats_restarts >= MAX_NATS_RESTARTS:
+                return f"nats-server ended {self._nats_restarts} times (see {self._directory.nats / 'nats.log'})"
+            self._nats_restarts += 1
+            self._nats_down_since = self._nats_retry_at = now
+            self._say("nats-server ended: starting it again on the same port and store")
+        if now < self._nats_retry_at:
+            return None
+        try:
+            await asyncio.to_thread(self._server.restart)
+        except MessagingUnavailable as error:
+            down = time.monotonic() - self._nats_down_since
+            if down >= NATS_RESTART_SECONDS:
+                return f"nats-server could not be started again for {NATS_RESTART_SECONDS:g} s: {error}"
+            wait = NATS_BACKOFF_SECONDS[min(self._nats_attempts, len(NATS_BACKOFF_SECONDS) - 1)]
+            self._nats_attempts += 1
+            self._nats_retry_at = time.monotonic() + wait
+            self._say(f"nats-server did not start ({error}): trying again in {wait:g} s")
+            return None
+        if self._nats_attempts:
+            self._say(f"nats-server is back after {time.monotonic() - self._nats_down_since:.0f} s")
+        self._nats_down_since, self._nats_attempts = None, 0
+        return None
 
     def _tend_workers(self) -> str | None:
         """Start workers that are due, and note those that ended."""
@@ -360,6 +404,8 @@ class LocalRun:
         """Trajectories that the trainer never read: they are in flight at the end."""
         from rljob_runtime.trajectory_codec import decode_trajectory
 
+        if not self._server.is_running():
+            return
         log = TrajectoryLog(link)
         read = self._steps[-1].last_sequence if self._steps else 0
         last = await log.last_sequence()

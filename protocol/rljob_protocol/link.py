@@ -35,7 +35,7 @@ from nats.js.api import (
 from nats.js.kv import KeyValue
 
 from rljob_api.base import WireMessage
-from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable
+from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable, StorageFull
 from rljob_api.messages import WorkerState
 from rljob_api.names import WORKER_KEY_PREFIX, JobNames
 
@@ -44,6 +44,8 @@ T = TypeVar("T")
 
 OPERATION_SECONDS = 60.0
 """Default deadline of one operation: longer than a server restart."""
+DUPLICATE_SECONDS = 900.0
+"""How long a trajectory's second copy is recognised: longer than any outage that a run outlives."""
 RETRY_SECONDS = 0.25
 REQUEST_SECONDS = 5.0
 
@@ -65,6 +67,8 @@ TRANSIENT = (
 """What an outage looks like from here."""
 STREAM_FULL = frozenset({10077, 10122, 10123})
 """Error codes of a discard-new stream at its bound; the server sends them as 503, which is otherwise an outage."""
+NO_SPACE = "no space left on device"
+"""What the server says of its full disk, under several codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +120,13 @@ class Link:
             MessagingUnavailable: no server answered within the deadline, or it refused the credentials.
         """
         log = logger or logging.getLogger("rljob.link")
-        link: Link | None = None
+        client = Client()
+        link = cls(names, client, log)
+        connected = False
 
         async def reconnected() -> None:
             log.info("messaging reconnected", extra={"client": client_name})
-            if link is not None:
-                link._wake()
+            link._wake()
 
         async def disconnected() -> None:
             if link is None or not link.client.is_closed:  # not when we leave by ourselves
@@ -129,11 +134,13 @@ class Link:
 
         async def failed(error: Exception) -> None:
             log.debug("messaging error", extra={"client": client_name, "error": repr(error)})
+            if not connected and "authorization" in str(error).lower():
+                # The client would try these credentials for ever; what its error callback raises ends the first connect.
+                raise MessagingUnavailable(f"{url} refuses these credentials: check messaging.credentialsSecretRef")
 
-        deadline = time.monotonic() + deadline_seconds
-        while True:
-            client = Client()
-            try:
+        try:
+            # A client that reconnects for ever also connects for ever: the deadline is ours.
+            async with asyncio.timeout(deadline_seconds):
                 await client.connect(
                     url,
                     name=client_name,
@@ -148,20 +155,16 @@ class Link:
                     ping_interval=5,
                     max_outstanding_pings=3,
                 )
-            except nats.errors.AuthorizationError as error:
-                raise MessagingUnavailable(
-                    f"{url} refuses these credentials: check messaging.credentialsSecretRef"
-                ) from error
-            except (TimeoutError, nats.errors.Error, OSError) as error:
-                await client.close()
-                if time.monotonic() >= deadline:
-                    raise MessagingUnavailable(
-                        f"no NATS server answered at {url} within {deadline_seconds:g} s: check messaging.url"
-                    ) from error
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            link = cls(names, client, log)
-            return link
+        except (TimeoutError, nats.errors.Error, OSError) as error:
+            await link.close()
+            raise MessagingUnavailable(
+                f"no NATS server answered at {url} within {deadline_seconds:g} s: check messaging.url"
+            ) from error
+        except BaseException:
+            await link.close()
+            raise
+        connected = True
+        return link
 
     async def close(self) -> None:
         """Leave the server, if it is still there."""
@@ -169,12 +172,21 @@ class Link:
             await self.client.close()
         except TRANSIENT as error:
             self._logger.debug("messaging was gone before it was left", extra={"error": repr(error)})
+        except asyncio.CancelledError:
+            # The client cancels its own tasks, and with them the wait for its socket's end; that is not our cancellation.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
 
     # ------------------------------------------------------------------------------------------- the job's own state
 
-    async def ensure_state(self, limits: StateLimits) -> None:
-        """Create the job's streams, buckets and consumer where they are missing. Idempotent."""
-        await self.retry("ensure_state", lambda: self._create_state(limits))
+    async def ensure_state(self, limits: StateLimits, *, deadline_seconds: float = OPERATION_SECONDS) -> None:
+        """Create the job's streams, buckets and consumer where they are missing. Idempotent.
+
+        Raises:
+            DeadlineExceeded: NATS was away for too long.
+        """
+        await self.retry("ensure_state", lambda: self._create_state(limits), deadline_seconds=deadline_seconds)
 
     async def _create_state(self, limits: StateLimits) -> None:
         names, manager = self.names, self.jetstream
@@ -197,7 +209,7 @@ class Link:
                 max_bytes=limits.trajectory_bytes,
                 max_msg_size=limits.max_payload_bytes,
                 storage=StorageType.FILE,
-                duplicate_window=120,
+                duplicate_window=DUPLICATE_SECONDS,
             ),
             StreamConfig(
                 name=names.steps_stream,
@@ -243,8 +255,12 @@ class Link:
             return False
         return True
 
-    async def delete_state(self) -> None:
-        """Remove everything the job keeps in NATS. Idempotent."""
+    async def delete_state(self, *, deadline_seconds: float = OPERATION_SECONDS) -> None:
+        """Remove everything the job keeps in NATS. Idempotent.
+
+        Raises:
+            DeadlineExceeded: NATS was away for too long.
+        """
         names = self.names
         for stream in (
             names.tasks_stream,
@@ -254,7 +270,7 @@ class Link:
             f"KV_{names.liveness_bucket}",
             f"OBJ_{names.blob_bucket}",
         ):
-            await self.retry("delete_state", partial(self._delete, stream))
+            await self.retry("delete_state", partial(self._delete, stream), deadline_seconds=deadline_seconds)
 
     async def _delete(self, stream: str) -> None:
         try:
@@ -423,6 +439,7 @@ class Link:
 
         Raises:
             DeadlineExceeded: it did not within the deadline.
+            StorageFull: the server's disk is full.
         """
         deadline = time.monotonic() + deadline_seconds
         while True:
@@ -430,8 +447,12 @@ class Link:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that comes as the attempt succeeds.
                 async with asyncio.timeout(max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic()))):
                     return await attempt()
-            except TRANSIENT as error:
-                if getattr(error, "err_code", None) in STREAM_FULL:
+            except (*TRANSIENT, nats.js.errors.APIError) as error:
+                if isinstance(error, nats.js.errors.APIError) and NO_SPACE in (error.description or "").lower():
+                    raise StorageFull(
+                        f"{what}: the disk of the NATS server is full ({error.description}): give JetStream more file storage"
+                    ) from error
+                if not isinstance(error, TRANSIENT) or getattr(error, "err_code", None) in STREAM_FULL:
                     raise
                 if self.client.is_closed:
                     raise MessagingUnavailable(f"{what}: the connection was closed") from error

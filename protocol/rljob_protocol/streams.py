@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ class TaskQueue:
                     lambda: self._link.jetstream.publish(subject, task.to_bytes()),
                     deadline_seconds=max(0.1, deadline - time.monotonic()),
                 )
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(
+                    f"task {task.task}/{task.sample}: NATS did not take it within {deadline_seconds:g} s"
+                ) from error
             except nats.js.errors.APIError as error:
                 if error.err_code not in STREAM_FULL:
                     raise
@@ -139,20 +144,29 @@ class TrajectoryLog:
         self._stream = link.names.trajectories_stream
 
     async def append(self, task: int, sample: int, data: bytes, *, deadline_seconds: float = 3600.0) -> int:
-        """Store a trajectory and return its sequence. Waits while the log is full: back-pressure on the worker.
+        """Store a trajectory, once, and return its sequence. Waits while the log is full: back-pressure on the worker.
+
+        The same bytes again within DUPLICATE_SECONDS are not stored again: the sequence is that of the first.
 
         Raises:
             DeadlineExceeded: the log stayed full, or NATS was away, for too long.
         """
         subject = self._link.names.trajectory_subject(task, sample)
+        # Over an outage the client buffers every attempt and sends them all when it is back: stored twice, a trajectory's
+        # tokens would arrive more often than they were delivered.
+        once = {"Nats-Msg-Id": f"{task}-{sample}-{hashlib.sha256(data).hexdigest()}"}
         deadline = time.monotonic() + deadline_seconds
         while True:
             try:
                 stored = await self._link.retry(
                     "append trajectory",
-                    lambda: self._link.jetstream.publish(subject, data, timeout=10),
+                    lambda: self._link.jetstream.publish(subject, data, timeout=10, headers=once),
                     deadline_seconds=max(0.1, deadline - time.monotonic()),
                 )
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(
+                    f"trajectory {task}/{sample}: NATS did not take it within {deadline_seconds:g} s"
+                ) from error
             except nats.js.errors.APIError as error:
                 if error.err_code not in STREAM_FULL:
                     raise

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,17 @@ def job(**changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def started(directory: Path, document: dict[str, Any], *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`rljob run` on the document, in a session of its own; killed with all its children at the end."""
+def started(
+    directory: Path, document: dict[str, Any], *arguments: str, wrapper: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """`rljob run` on the document, in a session of its own; killed with all its children at the end.
+
+    `wrapper` is a command that ends by executing its arguments.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "job.yaml"
     file.write_text(yaml.safe_dump(document))
-    command = [sys.executable, "-m", "rljob.main", "run", str(file), "--plain", *arguments]
+    command = [*wrapper, sys.executable, "-m", "rljob.main", "run", str(file), "--plain", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (directory / "output.txt").open("w") as output:
         process = subprocess.Popen(

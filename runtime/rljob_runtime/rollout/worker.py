@@ -24,6 +24,7 @@ from rljob_protocol.worker import (
     DrainRequested,
     Event,
     Fetch,
+    FetchFailed,
     OpenGate,
     Poison,
     Probe,
@@ -257,6 +258,11 @@ class RolloutWorker:
         """
         while True:
             event = await self._events.get()
+            if isinstance(event, FetchFailed):
+                self._logger.warning(
+                    "version refused" if event.corrupt else "version could not be fetched",
+                    extra=fields(weight_version=event.published.version, corrupt=event.corrupt, error=event.error),
+                )
             self._machine, effects = machine.step(self._machine, event, time.monotonic())
             for effect in effects:
                 match effect:

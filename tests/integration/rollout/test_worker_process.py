@@ -140,9 +140,7 @@ class Stage:
 
 
 @pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    server = NatsServer(tmp_path / "nats")
-    server.start()
+async def stage(tmp_path: Path, server: NatsServer) -> AsyncIterator[Stage]:
     link = await Link.connect(JobNames(UID), server.url, client_name="test")
     await link.ensure_state(
         StateLimits(max_tasks=256, trajectory_bytes=16 << 20, max_payload_bytes=8 << 20, ack_wait_seconds=15)
@@ -161,7 +159,6 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
             made.process.kill()
             await made.process.wait()
         await link.close()
-        server.stop()
 
 
 def is_conserved(state: WorkerState) -> bool:
