@@ -141,7 +141,7 @@ def summarise(
         finished=finished,
         steps=len(steps),
         versions=len({step.version for step in steps}),
-        epochs=len({step.epoch for step in steps}),
+        epochs=max((step.epoch for step in steps), default=0),
         seconds=seconds,
         reward_first_tenth=mean(step.reward for step in steps[:tenth]) if steps else 0.0,
         reward_last_tenth=mean(step.reward for step in steps[-tenth:]) if steps else 0.0,

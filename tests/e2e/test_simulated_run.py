@@ -137,8 +137,9 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp
 
 def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_trains_in_every_step(tmp_path: Path) -> None:
     run_directory = tmp_path / "run"
-    with started(tmp_path, job(training__steps=30), "--run-dir", str(run_directory)) as process:
-        wait_for_steps(run_directory, 18)
+    document = job(training__steps=24, storage={"checkpoint": {"everySteps": 100}})
+    with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
+        wait_for_steps(run_directory, 12)
         trainer = [
             pid
             for launcher in children_of(process.pid)
@@ -159,7 +160,7 @@ def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_trains_in_every_ste
     )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     seen = summary(run_directory)
-    assert (seen["finished"], seen["steps"], seen["epochs"], seen["exactFraction"]) == (True, 30, 2, 1.0)
+    assert (seen["finished"], seen["steps"], seen["epochs"], seen["exactFraction"]) == (True, 24, 2, 1.0)
     assert seen["conservation"]["problems"] == []
     # Samples of versions that the resume rolled back would fill whole steps with tokens over the bound: they are made anew.
     assert seen["conservation"]["dropped"]["RolledBack"] > 0
