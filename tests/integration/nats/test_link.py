@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import nats.js.errors
 import pytest
 from tests.integration.conftest import LIMITS, NAMES, Connect
 from tests.integration.nats.cable import Cable
 
-from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable
+from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable, StorageFull
 from rljob_api.messages import CoordinatorHeartbeat, EpochClaim, Task, TermClaim, WorkerPhase, WorkerState
 from rljob_api.names import KEY_COORDINATOR, KEY_EPOCH, KEY_TERM, worker_key
 from rljob_protocol.link import Link, Versioned
@@ -221,6 +222,22 @@ async def test_connecting_to_a_server_that_is_away_ends_with_what_to_check(
     with pytest.raises(MessagingUnavailable, match=r"no NATS server answered at .* within 1 s: check messaging\.url"):
         await Link.connect(NAMES, server.url, client_name="test", deadline_seconds=1)
     assert time.monotonic() - started < 6
+
+
+async def test_a_full_disk_of_the_server_is_told_from_an_outage(link: Link) -> None:
+    """The server sends it as an internal error, or as 503, which is otherwise waited out."""
+
+    def attempt(code: int) -> Callable[[], Awaitable[None]]:
+        async def refused() -> None:
+            raise nats.js.errors.APIError.from_error(
+                {"code": code, "err_code": 10077, "description": "write 1.blk: no space left on device"}
+            )
+
+        return refused
+
+    for code in (500, 503):
+        with pytest.raises(StorageFull, match=r"put: the disk of the NATS server is full .*: give JetStream more file"):
+            await link.retry("put", attempt(code), deadline_seconds=2)
 
 
 async def test_refused_credentials_are_named_at_once(tmp_path: Path) -> None:

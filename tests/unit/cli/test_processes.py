@@ -125,3 +125,18 @@ def await_none(mark: str) -> list[int]:
     while processes.marked(MARK, mark) and time.monotonic() < deadline:
         time.sleep(0.02)
     return processes.marked(MARK, mark)
+
+
+def test_what_a_child_last_said_of_an_event_is_found_before_its_launchers_traceback(tmp_path: Path, mark: str) -> None:
+    said = [
+        '{"event": "failed", "error": "first"}',
+        "not json",
+        '{"event": "failed", "error": "disk"}',
+        "[1]",
+        "Traceback",
+    ]
+    log = tmp_path / "log"
+    child = processes.start("child", [sys.executable, "-c", f"print({chr(10).join(said)!r})"], dict(os.environ), log)
+    child.process.wait(20)
+    assert child.last_said("failed") == "disk"
+    assert child.last_said("ended") is None
