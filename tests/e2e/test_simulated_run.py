@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rljob.run_directory import RunDirectory
 from tests.e2e.running import (
     children_of,
     job,
@@ -164,10 +165,7 @@ def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_trains_in_every_ste
     assert seen["conservation"]["problems"] == []
     # Samples of versions that the resume rolled back would fill whole steps with tokens over the bound: they are made anew.
     assert seen["conservation"]["dropped"]["RolledBack"] > 0
-    trained = [
-        0,
-        *(json.loads(line)["tokensTrained"] for line in (run_directory / "steps.jsonl").read_text().splitlines()),
-    ]
+    trained = [0, *(step.tokens_trained for step in RunDirectory(run_directory).read_steps())]
     assert min(after - before for before, after in pairwise(trained)) > 0
     assert verify(run_directory, 200).returncode == 0
     assert processes_naming(str(tmp_path)) == []
