@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help setup demo test lint type fmt clean
+.PHONY: help setup demo test lint type fmt bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -27,16 +27,20 @@ test: setup lint type  ## lint, types, import contracts and all tests with real 
 	@$(BIN)/python -m pytest
 
 lint: setup  ## ruff and import contracts (seconds)
-	@$(BIN)/ruff check $(PACKAGES) tests
-	@$(BIN)/ruff format --check $(PACKAGES) tests
+	@$(BIN)/ruff check $(PACKAGES) tests bench tools
+	@$(BIN)/ruff format --check $(PACKAGES) tests bench tools
 	@$(BIN)/lint-imports --no-cache
 
 type: setup  ## strict type check (a minute when cold)
 	@$(BIN)/mypy
 
 fmt: setup  ## format the code
-	@$(BIN)/ruff check --fix $(PACKAGES) tests
-	@$(BIN)/ruff format $(PACKAGES) tests
+	@$(BIN)/ruff check --fix $(PACKAGES) tests bench tools
+	@$(BIN)/ruff format $(PACKAGES) tests bench tools
+
+bench: setup  ## measure what we claim about speed and memory; writes docs/benchmarks.md (about 8 minutes on 2 quiet cores)
+	@echo "bench: ratios within one run, on an otherwise quiet machine (about 8 minutes on 2 cores)"
+	@$(BIN)/python -m bench
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
