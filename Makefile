@@ -10,6 +10,9 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
+# Whole files go to one of these processes; each end-to-end test starts four or five more by itself.
+TEST_PROCESSES ?= 2
+
 .PHONY: help setup demo test lint type fmt bench clean
 
 help:  ## this list
@@ -24,7 +27,7 @@ demo: setup  ## run examples/quickstart.yaml: real vLLM and torch, 2 rollout wor
 
 test: setup lint type  ## lint, types, import contracts and all tests with real parts (about 10 minutes on 2 quiet cores)
 	@echo "test: unit, protocol, numerics, integration with real nats-server, vLLM and torch (about 8 minutes on 2 cores)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: setup  ## ruff and import contracts (seconds)
 	@$(BIN)/ruff check $(PACKAGES) tests bench tools

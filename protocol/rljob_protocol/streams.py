@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 import nats.errors
 import nats.js.errors
@@ -127,6 +128,22 @@ class TaskQueue:
         while self._subscription is not None and self._subscription.pending_msgs:
             for claimed in await self.claim(1, UNCLAIMED_SECONDS):
                 await claimed.release()
+
+    async def withdraw(self, first_task: int) -> int:
+        """Remove samples of `first_task` and later ones, queued or leased; how many tasks that were.
+
+        Their admitter died: what they say of the version they need holds no longer. A worker that works on one goes on.
+        """
+        names, manager = self._link.names, self._link.jetstream
+        info = await self._link.retry(
+            "list tasks", lambda: manager.stream_info(names.tasks_stream, subjects_filter=names.task_subject())
+        )
+        numbers = {int(subject.split(".")[-2]) for subject in info.state.subjects or {}}
+        withdrawn = sorted(number for number in numbers if number >= first_task)
+        for number in withdrawn:
+            subject = names.task_subject(number)
+            await self._link.retry("withdraw tasks", partial(manager.purge_stream, names.tasks_stream, subject=subject))
+        return len(withdrawn)
 
     async def depth(self) -> int:
         """Samples queued or leased."""

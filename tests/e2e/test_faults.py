@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,19 +102,40 @@ def server_gone_and_its_port_taken(run_process: int) -> Iterator[int]:
         yield port
 
 
-def test_a_killed_server_whose_port_is_taken_for_twenty_seconds_is_started_again_when_it_is_free(
+def test_a_killed_worker_and_a_server_that_is_away_for_twenty_seconds_cost_counted_tokens_and_nothing_else(
     tmp_path: Path,
 ) -> None:
-    with started(tmp_path, job(training__steps=16), "--run-dir", str(tmp_path / "run")) as process:
-        wait_for_steps(tmp_path / "run", 4)
+    run_directory = tmp_path / "run"
+    document = job(training__steps=24, messaging={"trajectoryStreamBytes": 64 << 20})
+    with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
+        wait_for_steps(run_directory, 3)
+        workers = [
+            pid for pid in children_of(process.pid) if b"rollout.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        wait_for_steps(run_directory, 8)
         with server_gone_and_its_port_taken(process.pid) as port:
             time.sleep(OUTAGE_SECONDS)
             assert process.poll() is None
-        code = process.wait(120)
-    check_ended_well(tmp_path, code, 16)
+        code = process.wait(150)
     output = (tmp_path / "output.txt").read_text()
+    assert code == 0, output
+    assert "main-0 ended" in output or "main-1 ended" in output
     assert f"nats-server did not start (port {port} on 127.0.0.1 is taken" in output
     assert "nats-server is back after" in output
+    seen = summary(run_directory)
+    assert (seen["finished"], seen["steps"], seen["workerRestarts"], seen["exactFraction"]) == (True, 24, 1, 1.0)
+    assert seen["conservation"]["problems"] == []
+    checked = subprocess.run(
+        [sys.executable, "-m", "rljob.main", "verify", str(run_directory), "--tokens", "500"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert processes_naming(str(tmp_path)) == []
 
 
 def _small_disk(place: Path, size: str) -> list[str]:
@@ -170,44 +192,6 @@ def _cut_off(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [_flip_a_bit, _cut_off], ids=["bit flipped", "cut off"])
-def test_a_version_damaged_in_the_store_is_refused_and_the_next_one_is_served(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    steps = 24
-    run_directory = tmp_path / "run"
-    logs = [run_directory / "logs" / f"main-{index}.log" for index in range(2)]
-    refused: list[dict[str, Any]] = []
-    damaged: list[int] = []
-    with started(tmp_path, job(training__steps=steps, storage=SHARED_DIRECTORY), "--run-dir", str(run_directory)) as it:
-        wait_for_steps(run_directory, 4)
-        weights = run_directory / "weights"
-        known = {path.name for path in weights.glob("w-*")}
-        # A worker may be quicker than the damage, so it is done to one version after the other until one is refused.
-        deadline = time.monotonic() + 60
-        while not refused and len(damaged) < 12 and time.monotonic() < deadline:
-            if new := [path for path in weights.glob("w-*") if path.name not in known]:
-                damage(new[0])
-                known |= {path.name for path in new}
-                damaged.append(int(new[0].name.split("-")[2]))
-                time.sleep(0.4)
-                refused = [line for log in logs for line in log_lines(log, "version refused")]
-            time.sleep(0.0005)
-        code = it.wait(120)
-    check_ended_well(tmp_path, code, steps)
-    assert refused, f"versions {damaged} were damaged and served before that"
-    for line in refused:
-        assert line["corrupt"] is True
-        assert line["weight_version"] in damaged
-        assert "altered" in line["error"]
-    bad = refused[-1]["weight_version"]
-    for log in logs:
-        served = [line["weight_version"] for line in log_lines(log, "version served")]
-        if any(line["weight_version"] == bad for line in log_lines(log, "version refused")):
-            assert bad not in served
-        assert max(served) > bad  # it went on
-
-
 def malformed_trajectories() -> list[bytes]:
     """Garbage, cut-off messages, and well-formed safetensors that are no trajectory."""
     header = TrajectoryHeader(
@@ -250,8 +234,28 @@ def malformed_trajectories() -> list[bytes]:
     ]
 
 
-def test_malformed_trajectories_are_refused_one_by_one_and_the_run_goes_on(tmp_path: Path) -> None:
-    port = free_port()
+def damaged_until_refused(run_directory: Path, damage: Callable[[Path], None]) -> list[dict[str, Any]]:
+    """Damage one version after the other as it appears, until a worker refuses one: a worker may be quicker than us."""
+    weights, refused, damaged = run_directory / "weights", [], []
+    logs = [run_directory / "logs" / f"main-{index}.log" for index in range(2)]
+    known = {path.name for path in weights.glob("w-*")}
+    deadline = time.monotonic() + 60
+    while not refused and time.monotonic() < deadline:
+        if new := [path for path in weights.glob("w-*") if path.name not in known]:
+            damage(new[0])
+            known |= {path.name for path in new}
+            damaged.append(int(new[0].name.split("-")[2]))
+            time.sleep(0.4)
+            refused = [
+                line for log in logs for line in log_lines(log, "version refused") if line["weight_version"] in damaged
+            ]
+        time.sleep(0.0005)
+    assert refused, f"versions {damaged} were damaged and served before that"
+    return refused
+
+
+def test_damaged_versions_and_malformed_trajectories_are_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+    port, steps = free_port(), 60
     run_directory = tmp_path / "run"
     messages = malformed_trajectories()
 
@@ -265,11 +269,20 @@ def test_malformed_trajectories_are_refused_one_by_one_and_the_run_goes_on(tmp_p
             await client.close()
 
     arguments = ("--run-dir", str(run_directory), "--nats-port", str(port))
-    with started(tmp_path, job(training__steps=16), *arguments) as process:
+    with started(tmp_path, job(training__steps=steps, storage=SHARED_DIRECTORY), *arguments) as process:
         wait_for_steps(run_directory, 3)
         asyncio.run(publish())
+        refused = [line for damage in (_flip_a_bit, _cut_off) for line in damaged_until_refused(run_directory, damage)]
         code = process.wait(120)
-    check_ended_well(tmp_path, code, 16)
-    refused = log_lines(run_directory / "logs" / "trainer.log", "trajectory refused")
-    assert len(refused) == len(messages)
-    assert all(line["error"].startswith(("trajectory", "TrajectoryHeader")) for line in refused)
+    check_ended_well(tmp_path, code, steps)
+
+    assert all(line["corrupt"] is True and "altered" in line["error"] for line in refused)
+    for log in (run_directory / "logs").glob("main-*.log"):
+        served = {line["weight_version"] for line in log_lines(log, "version served")}
+        bad = {line["weight_version"] for line in log_lines(log, "version refused")}
+        assert not bad & served
+        assert max(served) > max(bad, default=0)  # it went on
+
+    malformed = log_lines(run_directory / "logs" / "trainer.log", "trajectory refused")
+    assert len(malformed) == len(messages)
+    assert all(line["error"].startswith(("trajectory", "TrajectoryHeader")) for line in malformed)

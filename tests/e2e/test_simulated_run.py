@@ -77,36 +77,6 @@ def test_the_current_policy_in_place_of_the_old_one_puts_staleness_into_the_disc
     assert "staleness leaks into the discrepancy mask" in report
 
 
-def test_killed_workers_and_a_killed_server_cost_counted_tokens_and_nothing_else(tmp_path: Path) -> None:
-    document = job(training__steps=40, messaging={"trajectoryStreamBytes": 64 << 20})
-    run_directory = tmp_path / "run"
-    with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
-        wait_for_steps(run_directory, 3)
-        killed = [
-            pid for pid in children_of(process.pid) if b"rollout.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        assert len(killed) == 2
-        os.kill(killed[0], signal.SIGKILL)
-        wait_for_steps(run_directory, 8)
-        server = [
-            pid for pid in children_of(process.pid) if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        os.kill(server[0], signal.SIGKILL)
-        code = process.wait(200)
-    output = (tmp_path / "output.txt").read_text()
-    assert code == 0, output
-    assert "starting it again" in output
-    assert "nats-server ended" in output
-    seen = summary(run_directory)
-    assert seen["finished"] is True
-    assert seen["steps"] == 40
-    assert seen["workerRestarts"] == 1
-    assert seen["exactFraction"] == 1.0
-    assert seen["conservation"]["problems"] == []
-    assert verify(run_directory).returncode == 0
-    assert processes_naming(str(tmp_path)) == []
-
-
 def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp_path: Path) -> None:
     run_directory = tmp_path / "run"
     document = job(training__steps=24, trainer={"processesPerReplica": 2})

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-
 from bench.__main__ import outside, page
-from bench.measure import Figure, Range, bootstrap_ratio, ranges
+from bench.measure import Figure, Range, bootstrap_ratio, machine, ranges
 
 LIMITS = {"speed": Range("speed over theirs", "≥ 0.95", at_least=0.9), "memory": Range("memory", "≤ 0.5", at_most=0.6)}
 
@@ -46,3 +45,8 @@ def test_the_interval_of_a_ratio_holds_it_and_narrows_with_more_data() -> None:
         assert low < value < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
+
+
+def test_the_machine_is_told_by_its_parts() -> None:
+    said = machine()
+    assert "cores" in said and "GiB" in said and "torch 2" in said and "vllm" in said

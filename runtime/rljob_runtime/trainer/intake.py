@@ -113,8 +113,12 @@ class Intake:
         """After a resume: take in what the stream holds beyond the checkpoint, then re-publish only what is missing.
 
         A sample whose trajectory is on the stream is not rolled out again; one whose task is still queued or leased is
-        refused as a duplicate by the task stream.
+        refused as a duplicate by the task stream. Samples that are queued and not admitted any more are withdrawn: their
+        numbers come again, with another version that they need.
         """
+        withdrawn = await self._tasks.withdraw(self._ledger.next_task)
+        if withdrawn:
+            self._logger.info("tasks of an earlier attempt withdrawn", extra={"tasks": withdrawn})
         last = await self._log.last_sequence()
         if last > self._last_sequence:
             async for sequence, data in self._log.read(self._last_sequence):

@@ -166,6 +166,23 @@ async def test_leases_and_queued_samples_survive_a_crash_of_the_server(server: N
     assert await queue.depth() == 0
 
 
+async def test_withdrawn_samples_are_gone_queued_or_leased_and_their_numbers_can_come_again(link: Link) -> None:
+    queue = TaskQueue(link)
+    for number in (7, 8, 11):
+        for sample in (0, 1):
+            assert await queue.publish(task(number, sample))
+    (leased,) = await claim_within(queue, 5.0, most=1)
+    assert (leased.task.task, leased.task.sample) == (7, 0)
+    assert await queue.withdraw(8) == 2
+    assert await queue.depth() == 2
+    assert await queue.withdraw(8) == 0
+    assert await queue.withdraw(7) == 1
+    await leased.ack()  # its worker went on, and hears of nothing
+    assert await queue.publish(task(8))
+    (claimed,) = await claim_within(queue, 5.0)
+    assert (claimed.task.task, claimed.task.sample) == (8, 0)
+
+
 async def test_a_malformed_task_is_removed_and_counted_and_the_next_is_served(link: Link) -> None:
     queue = TaskQueue(link)
     await link.jetstream.publish(NAMES.task_subject(0, 0), b"\x00 garbage")
