@@ -297,6 +297,7 @@ class LocalRun:
             f"--nproc-per-node={trainer.replicas * trainer.processes_per_replica}",
             *("--master-addr=127.0.0.1", f"--master-port={free_port()}", "--max-restarts=0"),
             f"--shutdown-timeout={TRAINER_GRACE_SECONDS:.0f}",
+            f"--log-dir={self._directory.logs / 'torchrun'}",  # else it leaves a folder in the system's temporary one
             *("-m", "rljob_runtime.trainer.main"),
         ]
         environment = self._environment("trainer") | {

@@ -70,6 +70,9 @@ class EnvironmentThreads:
             self._calls.put(None)
 
     async def _slot(self) -> None:
+        if self.hung < self._size and not self._slots.locked():
+            await self._slots.acquire()  # at once: a deadline would cost more than most calls
+            return
         while True:
             if self.hung >= self._size:
                 raise RljobError(

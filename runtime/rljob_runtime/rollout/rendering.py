@@ -38,10 +38,19 @@ class Renderer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise RljobError(f"{tokenizer_dir}: no tokenizer could be read: {error}") from error
+        if not self._tokenizer.is_fast:
+            raise RljobError(f"{tokenizer_dir}: the tokenizer has no tokenizer.json: convert it to a fast tokenizer")
+        # Called directly: through transformers' own call a short text takes three times as long.
+        self._backend: Any = self._tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         if self._tokenizer.eos_token_id is None:
             raise RljobError(
                 f"{tokenizer_dir}: the tokenizer has no end token; model turns could only end by their length"
             )
+        unknown = self._tokenizer.unk_token_id
+        # GPT-2 and its kin name their end token so; byte-level, they know every character.
+        self._unknown_token_id = None if unknown == self._tokenizer.eos_token_id else unknown
         self._has_template = self._tokenizer.chat_template is not None
         self.turn_end_token_id: int = self._find_turn_end() if self._has_template else self._tokenizer.eos_token_id
 
@@ -79,7 +88,7 @@ class Renderer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._backend.decode(list(tokens), skip_special_tokens=True)
         return text
 
     def _find_turn_end(self) -> int:
@@ -113,19 +122,16 @@ class Renderer:
     def _encode(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens: list[int] = encoded["input_ids"]
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        tokens: list[int] = encoded.ids
         covered = bytearray(len(text))
-        unknown = self._tokenizer.unk_token_id
-        if unknown == self._tokenizer.eos_token_id:
-            unknown = None  # GPT-2 and its kin name their end token so; byte-level, they know every character
-        for token, (start, end) in zip(tokens, encoded["offset_mapping"], strict=True):
-            if token != unknown:
+        for token, (start, end) in zip(tokens, encoded.offsets, strict=True):
+            if token != self._unknown_token_id:
                 covered[start:end] = b"\1" * (end - start)
         missing = sorted({c for c, is_covered in zip(text, covered, strict=True) if not is_covered})
         if any(character.isspace() for character in missing):
             # Byte-level tokenizers leave spaces out of their offsets though they keep them.
-            kept = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            kept = self._backend.decode(tokens, skip_special_tokens=False)
             missing = [character for character in missing if not (character.isspace() and character in kept)]
         if missing:
             shown = " ".join(repr(character) for character in missing[:8])

@@ -26,7 +26,10 @@ def torchrun(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [
+        *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"),
+        *(f"--master-port={port}", f"--log-dir={folder / 'torchrun'}"),
+    ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *(path for path in sys.path if path)]),
         "OMP_NUM_THREADS": "1",
