@@ -106,7 +106,7 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp
     assert processes_naming(str(tmp_path)) == []
 
 
-def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_trains_in_every_step(tmp_path: Path) -> None:
+def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_rolls_out_anew_what_got_too_old(tmp_path: Path) -> None:
     run_directory = tmp_path / "run"
     document = job(training__steps=24, storage={"checkpoint": {"everySteps": 100}})
     with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
@@ -133,9 +133,10 @@ def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_trains_in_every_ste
     seen = summary(run_directory)
     assert (seen["finished"], seen["steps"], seen["epochs"], seen["exactFraction"]) == (True, 24, 2, 1.0)
     assert seen["conservation"]["problems"] == []
-    # Samples of versions that the resume rolled back would fill whole steps with tokens over the bound: they are made anew.
+    # Twelve steps' samples are of versions that the resume rolled back. Trained as they are, each step from the fifth to the
+    # fifteenth would hold nothing but tokens over the bound. Now and then a step may still get late groups only.
     assert seen["conservation"]["dropped"]["RolledBack"] > 0
     trained = [0, *(step.tokens_trained for step in RunDirectory(run_directory).read_steps())]
-    assert min(after - before for before, after in pairwise(trained)) > 0
+    assert sum(before == after for before, after in pairwise(trained)) <= 3
     assert verify(run_directory, 200).returncode == 0
     assert processes_naming(str(tmp_path)) == []

@@ -148,23 +148,27 @@ class SimulatedEngine:
             await asyncio.gather(self._stepper, return_exceptions=True)
 
     async def _step_for_ever(self) -> None:
-        while True:
-            if not self._running:
-                self._wake.clear()
-                await self._wake.wait()
-            started = time.monotonic()
-            batch = [running for running in self._running.values() if running.ready_at <= started]
-            if not batch:
-                await asyncio.sleep(min(running.ready_at for running in self._running.values()) - started)
-                continue
-            try:
-                self._sample(batch)
-            except (RuntimeError, ValueError, IndexError) as error:
-                self._unusable = f"the simulated engine died: {error}"
-                for running in self._running.values():
+        try:
+            while True:
+                await self._step()
+        except (RuntimeError, ValueError, IndexError) as error:
+            self._unusable = f"the simulated engine died: {error}"
+            for running in self._running.values():
+                if not running.done.done():
                     running.done.set_exception(EngineError(self._unusable))
-                return
-            await _sleep_rest(self._times.decode_seconds, started)
+
+    async def _step(self) -> None:
+        if not self._running:
+            self._wake.clear()
+            await self._wake.wait()
+            return  # a pause may have come between the request and this task's turn: look again
+        started = time.monotonic()
+        batch = [running for running in self._running.values() if running.ready_at <= started]
+        if not batch:
+            await asyncio.sleep(min(running.ready_at for running in self._running.values()) - started)
+            return
+        self._sample(batch)
+        await _sleep_rest(self._times.decode_seconds, started)
 
     def _sample(self, batch: list[_Running]) -> None:
         groups = [[running] for running in batch] if self._times.batch_invariant else [batch]

@@ -88,18 +88,21 @@ async def test_an_engine_does_not_outlive_its_killed_owner(tied: SmallModel, tmp
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
     command = [sys.executable, "-W", "ignore", str(script), str(tied.bare)]
-    pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    owner = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=nowhere)
+    said = tmp_path / "owner.log"
+    with said.open("wb") as output:  # no pipe: the engine's process would hold it open, and `wait` with it
+        owner = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
     children: list[psutil.Process] = []
     try:
-        assert owner.stdout is not None
-        async for line in owner.stdout:
-            if line.startswith(b"children"):
-                children = [psutil.Process(int(pid)) for pid in line.split()[1:]]
-                break
-        assert children
+        deadline = time.monotonic() + 150
+        while not children and time.monotonic() < deadline and owner.returncode is None:
+            await asyncio.sleep(0.2)
+            for line in said.read_text().splitlines():
+                if line.startswith("children"):
+                    children = [psutil.Process(int(pid)) for pid in line.split()[1:]]
+        assert children, said.read_text()[-4000:]
         owner.kill()
-        await owner.wait()
+        async with asyncio.timeout(20):
+            await owner.wait()
         deadline = time.monotonic() + 20
         while any(_runs(child) for child in children) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)

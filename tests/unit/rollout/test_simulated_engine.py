@@ -227,3 +227,15 @@ def test_the_counter_based_generator_is_uniform_and_keyed_by_both() -> None:
     assert all(0 <= value < 1 for value in drawn)
     for low in (0.0, 0.25, 0.5, 0.75):
         assert abs(sum(low <= value < low + 0.25 for value in drawn) / len(drawn) - 0.25) < 0.04
+
+
+async def test_a_pause_right_after_a_request_does_not_stop_the_engine_for_ever(engine: SimulatedEngine) -> None:
+    """The request wakes the stepping task, and the pause takes the request away before that task has its turn."""
+    for index in range(3):
+        running = asyncio.create_task(engine.generate(request(index, 4)))
+        await asyncio.sleep(0)
+        await engine.pause()
+        assert (await running).finish == "aborted"
+        await engine.resume()
+        async with asyncio.timeout(10):
+            assert len((await engine.generate(request(index + 10, 4))).tokens) == 4
