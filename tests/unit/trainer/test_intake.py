@@ -1,0 +1,144 @@
+"""What the trainer makes of trajectories that an earlier attempt left on the stream: each token is counted once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tests.e2e.running import job
+
+from rljob_api.messages import Outcome, Task, TrajectoryHeader
+from rljob_api.validate import parse_job
+from rljob_protocol import admission
+from rljob_runtime.trainer.intake import NOTHING, Intake, IntakeTotals
+from rljob_runtime.trajectory_codec import Trajectory, encode_trajectory
+
+SPEC = parse_job(job(sampling__samplesPerTask=2, training__tasksPerStep=1, staleness__maxVersions=1)).spec
+TOKENS = 5
+
+
+class FakeTasks:
+    def __init__(self) -> None:
+        self.published: list[tuple[int, int]] = []
+        self.withdrawn_from: int | None = None
+
+    async def publish(self, task: Task) -> bool:
+        self.published.append((task.task, task.sample))
+        return True
+
+    async def withdraw(self, first_task: int) -> int:
+        self.withdrawn_from = first_task
+        return 0
+
+
+class FakeLog:
+    """The stream: message n has sequence n + 1."""
+
+    def __init__(self, *trajectories: Trajectory) -> None:
+        self.messages = [encode_trajectory(trajectory) for trajectory in trajectories]
+
+    async def last_sequence(self) -> int:
+        return len(self.messages)
+
+    async def read(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
+        for sequence, data in enumerate(self.messages[after:], start=after + 1):
+            yield sequence, data
+
+
+def finished(task: int, sample: int, version: int) -> Trajectory:
+    header = TrajectoryHeader(
+        task=task,
+        sample=sample,
+        attempt=1,
+        epoch=1,
+        worker="main-0",
+        incarnation="a",
+        outcome=Outcome.FINISHED,
+        turn_rewards=(1.0,),
+        reward=1.0,
+    )
+    turn = np.array([-1, *[0] * TOKENS], np.int32)
+    return Trajectory(
+        header=header,
+        tokens=np.arange(TOKENS + 1, dtype=np.int32),
+        turn=turn,
+        weight_version=np.where(turn >= 0, version, -1).astype(np.int32),
+        behavior_logprobs=np.where(turn >= 0, -1.0, 0.0).astype(np.float32),
+    )
+
+
+def resumed(log: FakeLog, version: int, totals: IntakeTotals = NOTHING, cursor: int = 0) -> tuple[Intake, FakeTasks]:
+    """The intake of an attempt that goes on from the checkpoint of step 0 and publishes it as `version`."""
+    tasks: Any = FakeTasks()
+    stream: Any = log
+    intake = Intake(
+        spec=SPEC,
+        epoch=2,
+        ledger=admission.on_resume(admission.new_ledger(), version),
+        cursor=cursor,
+        totals=totals,
+        tasks=tasks,
+        log=stream,
+        logger=logging.getLogger("test"),
+    )
+    return intake, tasks
+
+
+def accounted(totals: IntakeTotals) -> tuple[int, int, dict[str, int]]:
+    return sum(totals.received.values()), totals.pending, {name: n for name, n in totals.dropped.items() if n}
+
+
+async def test_what_a_dead_attempt_finished_counts_where_it_is_fresh_enough_and_is_else_rolled_out_anew() -> None:
+    # Task 0 is for step 0, task 1 for step 1: by then versions 0 to 2, rolled back to step 0, count as 2 steps old.
+    log = FakeLog(finished(0, 0, 0), finished(1, 0, 1), finished(1, 1, 2), finished(9, 0, 2))
+    intake, tasks = resumed(log, version=3)
+    await intake.recover()
+    await intake._admit()
+    assert tasks.withdrawn_from == 0
+    assert tasks.published == [(0, 1), (1, 0), (1, 1)]
+    totals = await intake.totals()
+    assert accounted(totals) == (4 * TOKENS, 2 * TOKENS, {"RolledBack": 2 * TOKENS})
+    assert totals.rolled_back == (2, 3)
+
+
+async def test_a_sample_that_was_rolled_back_before_the_checkpoint_is_not_counted_again_after_another_death() -> None:
+    log = FakeLog(finished(0, 0, 0), finished(1, 0, 1), finished(9, 0, 2))
+    first, _ = resumed(log, version=3)
+    await first.recover()
+    await first._admit()
+    _, cursor = await first.snapshot()
+    totals = await first.totals()
+    assert (cursor, totals.rolled_back) == (0, (2,))
+
+    log.messages.append(encode_trajectory(finished(1, 0, 3)))  # rolled out anew, then the trainer died again
+    second, tasks = resumed(log, version=4, totals=replace(totals, pending=0, last_sequence=0), cursor=cursor)
+    await second.recover()
+    await second._admit()
+    totals = await second.totals()
+    # Its second message is too old by now as well; its first one was dropped for good, and both are counted once.
+    received, pending, dropped = accounted(totals)
+    assert received == 4 * TOKENS == pending + sum(dropped.values())
+    assert dropped == {"RolledBack": 2 * TOKENS}
+    assert totals.rolled_back == (2, 4)
+    assert (1, 0) in tasks.published
+
+
+async def test_of_two_messages_of_one_sample_the_later_counts_and_the_first_is_dropped_once() -> None:
+    intake, tasks = resumed(FakeLog(finished(0, 1, 0), finished(0, 1, 2)), version=3)
+    await intake.recover()
+    await intake._admit()
+    assert accounted(await intake.totals()) == (2 * TOKENS, TOKENS, {"RolledBack": TOKENS})
+    assert (0, 1) not in tasks.published
+
+
+async def test_a_malformed_trajectory_is_passed_over_and_the_next_one_is_read() -> None:
+    log = FakeLog(finished(0, 0, 0), finished(0, 1, 0))
+    log.messages.insert(1, b"no trajectory")
+    intake, _ = resumed(log, version=3)
+    await intake.recover()
+    await intake._admit()
+    totals = await intake.totals()
+    assert (totals.last_sequence, totals.pending) == (3, 2 * TOKENS)
