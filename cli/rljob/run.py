@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import uuid
 from collections import Counter
@@ -29,29 +30,24 @@ from rljob import processes
 from rljob.live import LiveView, plain_line, render
 from rljob.run_directory import RunDirectory, RunInfo
 from rljob.summary import Summary, as_text, summarise
+from rljob.tended_server import TendedServer
+from rljob.worker_slots import Slot, WorkerSlots
 from rljob_api import names
-from rljob_api.errors import DeadlineExceeded, MessagingUnavailable, RljobError, SpecError, StorageFull
+from rljob_api.errors import DeadlineExceeded, RljobError, SpecError, StorageFull
 from rljob_api.messages import PublishedVersion, StepReport, WorkerState
 from rljob_api.spec import RLJob
 from rljob_api.validate import ignored_locally
 from rljob_protocol.coordination import CoordinatorHost, ManifestCheck
 from rljob_protocol.coordinator import CoordinatorSettings
 from rljob_protocol.link import Link, StateLimits
-from rljob_protocol.server import NatsServer, free_port
+from rljob_protocol.server import free_port
 from rljob_protocol.streams import StepLog, TrajectoryLog
 
 POLL_SECONDS = 0.2
 TRAINER_GRACE_SECONDS = 60.0
 WORKER_GRACE_SECONDS = 30.0
 MIN_FREE_BYTES = 512 << 20
-MIN_MESSAGING_BYTES = 4 << 20
-MAX_NATS_RESTARTS = 20
-NATS_RESTART_SECONDS = 120.0
-"""How long a nats-server that does not start is tried again; the other processes wait out an outage of that length."""
-NATS_BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0)
 SAVE_WORKERS_SECONDS = 2.0
-MIN_WORKER_RESTARTS = 3
-RESTART_BACKOFF_SECONDS = (0.5, 2.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +57,6 @@ class RunOptions:
     nats_port: int | None = None
     record_bytes: int = 1 << 30
     plain: bool = False
-
-
-@dataclass(slots=True)
-class _Slot:
-    """One rollout worker's place: its process comes and goes."""
-
-    worker: str
-    pool: str
-    child: processes.Child | None = None
-    incarnation: str = ""
-    restarts: int = 0
-    start_at: float = 0.0
 
 
 class LocalRun:
@@ -86,27 +70,25 @@ class LocalRun:
         self._out = out
         self._names = names.JobNames(info.uid)
         self._logger = logging.getLogger("rljob.run")
-        self._server = NatsServer(
+        self._server = TendedServer(
             directory.nats,
             port=options.nats_port,
             max_payload_bytes=job.spec.messaging.max_payload_bytes,
+            say=self._say,
         )
         self._trainer: processes.Child | None = None
-        self._slots = [
-            _Slot(f"{pool.name}-{index}", pool.name)
-            for pool in job.spec.rollout_pools
-            for index in range(1 if pool.replicas is None else pool.replicas)
-        ]
+        self._slots = WorkerSlots(
+            job.spec.rollout_pools,
+            max_restarts=job.spec.failure_policy.max_restarts,
+            start=self._start_worker,
+            say=self._say,
+        )
         self._steps: list[StepReport] = directory.read_steps()
         self._workers: dict[tuple[str, str], WorkerState] = {
             (state.worker, state.incarnation): state for state in directory.read_workers()
         }
         self._workers_saved_at = 0.0
         self._unread: dict[str, int] = {}
-        self._nats_restarts = 0
-        self._nats_down_since: float | None = None
-        self._nats_retry_at = 0.0
-        self._nats_attempts = 0
         self._stop_signals = 0
         self._started_at = time.monotonic()
         self._live: Live | None = None
@@ -185,14 +167,7 @@ class LocalRun:
                 self._say("stopping: the trainer checkpoints, the workers hand over (Ctrl-C again kills)")
                 await self._stop_trainer()
                 return None
-            free = shutil.disk_usage(self._directory.nats).free
-            if free < MIN_MESSAGING_BYTES:
-                # Ended while there is room for last words: at none at all the server answers nobody, and all wait.
-                return (
-                    f"{self._directory.nats} has no room left for messages ({free >> 10} KiB free): free some, then go on "
-                    f"with rljob run --resume {self._directory.root}"
-                )
-            if not self._server.is_running() and (failure := await self._restart_server()) is not None:
+            if (failure := await self._server.tend(f"rljob run --resume {self._directory.root}")) is not None:
                 return failure
             trainer = self._trainer
             if trainer is not None and (code := trainer.exit_code()) is not None:
@@ -201,68 +176,13 @@ class LocalRun:
                 reason = trainer.last_said("trainer failed")
                 if reason is not None:
                     return f"the trainer ended with {code}: {reason} (see {trainer.log})"
-                return f"the trainer ended with {code}; the end of {trainer.log}:\n{_indent(trainer.tail())}"
-            failure = self._tend_workers()
-            if failure is not None:
+                return f"the trainer ended with {code}; the end of {trainer.log}:\n{textwrap.indent(trainer.tail(), '    ')}"
+            if (failure := self._slots.tend()) is not None:
                 return failure
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _restart_server(self) -> str | None:
-        """One attempt to start nats-server again, when one is due; why the run fails, once they are spent."""
-        now = time.monotonic()
-        if self._nats_down_since is None:
-            if self._nats_restarts >= MAX_NATS_RESTARTS:
-                return f"nats-server ended {self._nats_restarts} times (see {self._directory.nats / 'nats.log'})"
-            self._nats_restarts += 1
-            self._nats_down_since = self._nats_retry_at = now
-            self._say("nats-server ended: starting it again on the same port and store")
-        if now < self._nats_retry_at:
-            return None
-        try:
-            await asyncio.to_thread(self._server.restart)
-        except MessagingUnavailable as error:
-            down = time.monotonic() - self._nats_down_since
-            if down >= NATS_RESTART_SECONDS:
-                return f"nats-server could not be started again for {NATS_RESTART_SECONDS:g} s: {error}"
-            wait = NATS_BACKOFF_SECONDS[min(self._nats_attempts, len(NATS_BACKOFF_SECONDS) - 1)]
-            self._nats_attempts += 1
-            self._nats_retry_at = time.monotonic() + wait
-            self._say(f"nats-server did not start ({error}): trying again in {wait:g} s")
-            return None
-        if self._nats_attempts:
-            self._say(f"nats-server is back after {time.monotonic() - self._nats_down_since:.0f} s")
-        self._nats_down_since, self._nats_attempts = None, 0
-        return None
-
-    def _tend_workers(self) -> str | None:
-        """Start workers that are due, and note those that ended."""
-        now = time.monotonic()
-        budget = max(MIN_WORKER_RESTARTS, self._job.spec.failure_policy.max_restarts)
-        for slot in self._slots:
-            if slot.child is None:
-                if now >= slot.start_at:
-                    self._start_worker(slot)
-                continue
-            code = slot.child.exit_code()
-            if code is None:
-                continue
-            slot.child.kill_group()  # what the worker started must not outlive it
-            if slot.restarts >= budget:
-                return (
-                    f"rollout worker {slot.worker} ended {slot.restarts + 1} times, the last time with {code}; the end of "
-                    f"{slot.child.log}:\n{_indent(slot.child.tail())}"
-                )
-            wait = RESTART_BACKOFF_SECONDS[min(slot.restarts, len(RESTART_BACKOFF_SECONDS) - 1)]
-            slot.restarts += 1
-            slot.child, slot.start_at = None, now + wait
-            self._say(f"rollout worker {slot.worker} ended with {code}: starting it again in {wait:g} s")
-        return None
-
     async def _restart_worker(self, worker: str, incarnation: str, reason: str) -> None:
-        for slot in self._slots:
-            if slot.worker == worker and slot.incarnation == incarnation and slot.child is not None:
-                self._say(f"rollout worker {worker} is restarted: it {reason}")
-                slot.child.kill_group()
+        self._slots.kill(worker, incarnation, reason)
 
     async def _stop_trainer(self) -> None:
         if self._trainer is None:
@@ -276,14 +196,12 @@ class LocalRun:
         def in_a_hurry() -> bool:
             return self._stop_signals > 1
 
-        workers = [slot.child for slot in self._slots if slot.child is not None]
-        processes.stop_all(workers, grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
+        processes.stop_all(self._slots.children, grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
         if self._trainer is not None:
             processes.stop_all([self._trainer], grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
         # torchrun gives each rank a session of its own: when it was killed its ranks are still there.
         processes.kill_marked(names.ENV_UID, self._info.uid)
-        for slot in self._slots:
-            slot.child = None
+        self._slots.forget()
 
     def _on_signal(self) -> None:
         self._stop_signals += 1
@@ -308,15 +226,14 @@ class LocalRun:
             environment[names.ENV_RECORD_DIR] = str(self._directory.record)
         return processes.start("trainer", command, environment, self._directory.logs / "trainer.log")
 
-    def _start_worker(self, slot: _Slot) -> None:
-        slot.incarnation = uuid.uuid4().hex[:8]
+    def _start_worker(self, slot: Slot) -> processes.Child:
         environment = self._environment(slot.worker) | {
             names.ENV_WORKER: slot.worker,
             names.ENV_POOL: slot.pool,
             names.ENV_INCARNATION: slot.incarnation,
         }
         command = [sys.executable, "-m", "rljob_runtime.rollout.main"]
-        slot.child = processes.start(slot.worker, command, environment, self._directory.logs / f"{slot.worker}.log")
+        return processes.start(slot.worker, command, environment, self._directory.logs / f"{slot.worker}.log")
 
     def _environment(self, process: str) -> dict[str, str]:
         cache = self._directory.cache(process)
@@ -432,7 +349,7 @@ class LocalRun:
             workers=list(self._workers.values()),
             unread=self._unread,
             seconds=time.monotonic() - self._started_at,
-            worker_restarts=sum(slot.restarts for slot in self._slots),
+            worker_restarts=self._slots.restarts,
         )
         self._directory.summary_file.write_text(summary.model_dump_json(by_alias=True, indent=2) + "\n")
         return summary
@@ -544,7 +461,3 @@ def _check_room(root: Path) -> None:
         raise StorageFull(
             f"{place} has {free >> 20} MiB free, a run needs at least {MIN_FREE_BYTES >> 20}: choose another --run-dir"
         )
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -23,6 +23,7 @@ BACK_PRESSURE_SECONDS = 0.5
 READ_BATCH = 64
 READ_WAIT_SECONDS = 1.0
 UNCLAIMED_SECONDS = 0.1
+ACKNOWLEDGE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,15 @@ class ClaimedTask:
     _link: Link
 
     async def ack(self) -> None:
-        """The sample ended and its trajectory is stored: forget the task."""
-        await self._link.retry("ack task", lambda: self._message.ack_sync(timeout=5))
+        """The sample ended and its trajectory is stored: forget the task.
+
+        Raises:
+            DeadlineExceeded: the server does not confirm it, as it does for ever when a crash has taken this lease out of
+                its memory. The sample is given out again then, and its second trajectory counts as a duplicate.
+        """
+        await self._link.retry(
+            "ack task", lambda: self._message.ack_sync(timeout=3), deadline_seconds=ACKNOWLEDGE_SECONDS
+        )
 
     async def extend(self) -> None:
         """Keep the lease; losing one call is harmless."""
