@@ -39,6 +39,7 @@ from rljob_api.spec import RLJob
 from rljob_api.validate import ignored_locally
 from rljob_protocol.coordination import CoordinatorHost, ManifestCheck
 from rljob_protocol.coordinator import CoordinatorSettings
+from rljob_protocol.deadlines import end, within
 from rljob_protocol.link import Link, StateLimits
 from rljob_protocol.server import free_port
 from rljob_protocol.streams import StepLog, TrajectoryLog
@@ -151,18 +152,19 @@ class LocalRun:
                 self._note_workers(await link.live_workers())
             return failure is None and final is not None and final.value.final, failure
         finally:
-            for task in (coordinating, following):
-                task.cancel()
+            await end(coordinating, following)
             await asyncio.gather(coordinating, following, return_exceptions=True)
 
     async def _supervise(self, *own: asyncio.Task[None]) -> str | None:
         """Until the trainer ends or the run is told to stop; the reason when it failed."""
         while True:
             for task in own:
-                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-                    while isinstance(error, BaseExceptionGroup):
-                        error = error.exceptions[0]
-                    return f"{type(error).__name__}: {error}"
+                if not task.done():
+                    continue
+                error = None if task.cancelled() else task.exception()
+                while isinstance(error, BaseExceptionGroup):
+                    error = error.exceptions[0]
+                return f"{type(error).__name__}: {error}" if error else "a task of the run ended, and nobody ended it"
             if self._stop_signals:
                 self._say("stopping: the trainer checkpoints, the workers hand over (Ctrl-C again kills)")
                 await self._stop_trainer()
@@ -329,15 +331,18 @@ class LocalRun:
         last = await log.last_sequence()
         unread: Counter[str] = Counter()
         if last > read:
+
+            async def collect() -> None:
+                async for sequence, data in log.read(read):
+                    with contextlib.suppress(RljobError):
+                        trajectory = decode_trajectory(data)
+                        header = trajectory.header
+                        unread[f"{header.worker}/{header.incarnation}"] += trajectory.num_model_tokens
+                    if sequence >= last:
+                        break
+
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(10):
-                    async for sequence, data in log.read(read):
-                        with contextlib.suppress(RljobError):
-                            trajectory = decode_trajectory(data)
-                            header = trajectory.header
-                            unread[f"{header.worker}/{header.incarnation}"] += trajectory.num_model_tokens
-                        if sequence >= last:
-                            break
+                await within(10, collect())
         self._unread = dict(unread)
 
     def _write_results(self, finished: bool) -> Summary:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import nats
 import nats.errors
@@ -38,6 +38,7 @@ from rljob_api.base import WireMessage
 from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable, StorageFull
 from rljob_api.messages import WorkerState
 from rljob_api.names import WORKER_KEY_PREFIX, JobNames
+from rljob_protocol.deadlines import within
 
 M = TypeVar("M", bound=WireMessage)
 T = TypeVar("T")
@@ -48,6 +49,7 @@ DUPLICATE_SECONDS = 900.0
 """How long a trajectory's second copy is recognised: longer than any outage that a run outlives."""
 RETRY_SECONDS = 0.25
 REQUEST_SECONDS = 5.0
+ATTEMPT_SECONDS = 20.0
 
 TRANSIENT = (
     nats.errors.ConnectionClosedError,
@@ -140,21 +142,21 @@ class Link:
 
         try:
             # A client that reconnects for ever also connects for ever: the deadline is ours.
-            async with asyncio.timeout(deadline_seconds):
-                await client.connect(
-                    url,
-                    name=client_name,
-                    user_credentials=None if credentials is None else str(credentials),
-                    reconnected_cb=reconnected,
-                    disconnected_cb=disconnected,
-                    error_cb=failed,
-                    allow_reconnect=True,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=1,
-                    connect_timeout=3,
-                    ping_interval=5,
-                    max_outstanding_pings=3,
-                )
+            connecting = client.connect(
+                url,
+                name=client_name,
+                user_credentials=None if credentials is None else str(credentials),
+                reconnected_cb=reconnected,
+                disconnected_cb=disconnected,
+                error_cb=failed,
+                allow_reconnect=True,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=1,
+                connect_timeout=3,
+                ping_interval=5,
+                max_outstanding_pings=3,
+            )
+            await within(deadline_seconds, connecting)
         except (TimeoutError, nats.errors.Error, OSError) as error:
             await link.close()
             raise MessagingUnavailable(
@@ -382,7 +384,7 @@ class Link:
     async def hint(self, subject: str) -> None:
         """Tell followers to look now. Losing it costs latency only, so an outage is ignored."""
         try:
-            await self.client.publish(subject, b"")
+            await within(REQUEST_SECONDS, self.client.publish(subject, b""))
         except TRANSIENT as error:
             self._logger.debug("hint was not sent", extra={"subject": subject, "error": repr(error)})
 
@@ -433,9 +435,14 @@ class Link:
     # ------------------------------------------------------------------------------------------------------ retries
 
     async def retry(
-        self, what: str, attempt: Callable[[], Awaitable[T]], *, deadline_seconds: float = OPERATION_SECONDS
+        self,
+        what: str,
+        attempt: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        deadline_seconds: float = OPERATION_SECONDS,
+        attempt_seconds: float = ATTEMPT_SECONDS,
     ) -> T:
-        """Run `attempt` until it succeeds, over outages of the server.
+        """Run `attempt` until it succeeds, over outages of the server; each one gets `attempt_seconds` at most.
 
         Raises:
             DeadlineExceeded: it did not within the deadline.
@@ -444,9 +451,7 @@ class Link:
         deadline = time.monotonic() + deadline_seconds
         while True:
             try:
-                # Not wait_for: in Python 3.11 it swallows a cancellation that comes as the attempt succeeds.
-                async with asyncio.timeout(max(0.05, min(REQUEST_SECONDS * 4, deadline - time.monotonic()))):
-                    return await attempt()
+                return await within(max(0.05, min(attempt_seconds, deadline - time.monotonic())), attempt())
             except (*TRANSIENT, nats.js.errors.APIError) as error:
                 if isinstance(error, nats.js.errors.APIError) and NO_SPACE in (error.description or "").lower():
                     raise StorageFull(

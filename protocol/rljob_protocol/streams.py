@@ -16,7 +16,8 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from rljob_api.errors import DeadlineExceeded, MalformedMessage
 from rljob_api.messages import StepReport, Task
-from rljob_protocol.link import OPERATION_SECONDS, STREAM_FULL, TRANSIENT, Link
+from rljob_protocol.deadlines import within
+from rljob_protocol.link import ATTEMPT_SECONDS, OPERATION_SECONDS, REQUEST_SECONDS, STREAM_FULL, TRANSIENT, Link
 
 SUBJECT_TAKEN = "maximum messages per subject exceeded"
 BACK_PRESSURE_SECONDS = 0.5
@@ -50,14 +51,14 @@ class ClaimedTask:
     async def extend(self) -> None:
         """Keep the lease; losing one call is harmless."""
         try:
-            await self._message.in_progress()
+            await within(REQUEST_SECONDS, self._message.in_progress())
         except TRANSIENT:
             return
 
     async def release(self, delay_seconds: float = 0.0) -> None:
         """Give the sample back, to be delivered again after the delay."""
         try:
-            await self._message.nak(delay=delay_seconds or None)
+            await within(REQUEST_SECONDS, self._message.nak(delay=delay_seconds or None))
         except TRANSIENT:
             return  # the lease expires by itself
 
@@ -108,10 +109,12 @@ class TaskQueue:
         try:
             if self._subscription is None:
                 names = self._link.names
-                self._subscription = await self._link.jetstream.pull_subscribe_bind(
+                binding = self._link.jetstream.pull_subscribe_bind(
                     consumer=names.rollout_consumer, stream=names.tasks_stream
                 )
-            messages = await self._subscription.fetch(max_tasks, timeout=wait_seconds)
+                self._subscription = await within(ATTEMPT_SECONDS, binding)
+            fetching = self._subscription.fetch(max_tasks, timeout=wait_seconds)
+            messages = await within(wait_seconds + REQUEST_SECONDS, fetching)
         except TRANSIENT:
             return []
         except nats.js.errors.APIError:
@@ -123,7 +126,7 @@ class TaskQueue:
                 task = Task.from_bytes(message.data)
             except MalformedMessage:
                 self.malformed += 1
-                await message.term()
+                await within(REQUEST_SECONDS, message.term())
                 continue
             claimed.append(ClaimedTask(task, message.metadata.num_delivered, message, self._link))
         return claimed
@@ -209,13 +212,13 @@ class TrajectoryLog:
         cursor = after_sequence
         while True:
             try:
-                info = await self._link.jetstream.stream_info(self._stream)
+                info = await within(ATTEMPT_SECONDS, self._link.jetstream.stream_info(self._stream))
                 last = int(info.state.last_seq)
                 if last <= cursor:
                     # A push consumer would cost a heartbeat protocol; one cheap look a fifth of a second does not.
                     await asyncio.sleep(0.2)
                     continue
-                subscription = await self._link.jetstream.pull_subscribe(
+                subscribing = self._link.jetstream.pull_subscribe(
                     "",
                     stream=self._stream,
                     config=ConsumerConfig(
@@ -226,13 +229,15 @@ class TrajectoryLog:
                         mem_storage=True,
                     ),
                 )
+                subscription = await within(ATTEMPT_SECONDS, subscribing)
             except (*TRANSIENT, nats.js.errors.APIError):
                 await asyncio.sleep(BACK_PRESSURE_SECONDS)
                 continue
             try:
                 while True:
                     try:
-                        messages = await subscription.fetch(READ_BATCH, timeout=READ_WAIT_SECONDS)
+                        fetching = subscription.fetch(READ_BATCH, timeout=READ_WAIT_SECONDS)
+                        messages = await within(READ_WAIT_SECONDS + REQUEST_SECONDS, fetching)
                     except nats.errors.TimeoutError:
                         if not await self._consumer_lives(subscription):
                             break
@@ -248,7 +253,7 @@ class TrajectoryLog:
 
     async def _consumer_lives(self, subscription: nats.js.JetStreamContext.PullSubscription) -> bool:
         try:
-            await subscription.consumer_info()
+            await within(ATTEMPT_SECONDS, subscription.consumer_info())
         except nats.js.errors.NotFoundError:
             return False
         return True
@@ -294,10 +299,10 @@ class StepLog:
         cursor = 0
         while True:
             try:
-                info = await self._link.jetstream.stream_info(stream)
+                info = await within(ATTEMPT_SECONDS, self._link.jetstream.stream_info(stream))
                 cursor = max(cursor, int(info.state.first_seq) - 1)
                 while cursor < int(info.state.last_seq):
-                    message = await self._link.jetstream.get_msg(stream, seq=cursor + 1)
+                    message = await within(ATTEMPT_SECONDS, self._link.jetstream.get_msg(stream, seq=cursor + 1))
                     cursor += 1
                     if message.data is not None:
                         yield StepReport.from_bytes(message.data)

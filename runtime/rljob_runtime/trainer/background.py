@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from rljob_api.errors import DeadlineExceeded
+from rljob_protocol.deadlines import end
 
 T = TypeVar("T")
 
@@ -73,7 +74,6 @@ class Background:
 
     @staticmethod
     async def _drain() -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await end(*others)
         await asyncio.gather(*others, return_exceptions=True)

@@ -11,6 +11,7 @@ The rules are the pure ledger's (`rljob_protocol.admission`); this shell holds t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -148,11 +149,7 @@ class Intake:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            async with self._changed:
-                try:
-                    await asyncio.wait_for(self._changed.wait(), min(remaining, 1.0))
-                except TimeoutError:
-                    pass
+            await self._change(min(remaining, 1.0))
 
     async def step_trained(self, version: int) -> None:
         """A step was trained and published as `version`: later groups may be admitted."""
@@ -201,15 +198,17 @@ class Intake:
         while True:
             await self._expire()
             await self._admit()
-            async with self._changed:
-                try:
-                    await asyncio.wait_for(self._changed.wait(), 1.0)
-                except TimeoutError:
-                    pass
+            await self._change(1.0)
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+    async def _change(self, timeout_seconds: float) -> None:
+        """Something changed, or the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds), self._changed:
+                await self._changed.wait()
 
     async def _admit(self) -> None:
         self._ledger, admitted = admission.admit(self._ledger, self._settings)

@@ -10,12 +10,14 @@ from nats.js.object_store import ObjectStore
 
 from rljob_api.errors import BlobCorrupt, BlobMissing, StorageError, StorageFull
 from rljob_api.weights import Blob
-from rljob_protocol.link import STREAM_FULL, Link
+from rljob_protocol.link import ATTEMPT_SECONDS, STREAM_FULL, Link
 from rljob_runtime.weights.blobs import verify_file
 from rljob_runtime.weights.volume import write_error
 
 INSUFFICIENT_STORAGE = STREAM_FULL | {10023, 10047}
 TRANSFER_SECONDS = 600.0
+SLOWEST_BYTES_PER_SECOND = 1 << 20
+"""A transfer that is slower counts as stuck (the client waits for lost messages for ever) and is begun again."""
 
 
 class NatsBlobStore:
@@ -39,7 +41,7 @@ class NatsBlobStore:
             await store.put(blob.name, io.BytesIO(data))
 
         try:
-            await self._link.retry(f"put blob {blob.name}", attempt, deadline_seconds=TRANSFER_SECONDS)
+            await self._link.retry(f"put blob {blob.name}", attempt, **_deadlines(blob))
         except nats.js.errors.APIError as error:
             if error.err_code in INSUFFICIENT_STORAGE:
                 raise StorageFull(
@@ -57,7 +59,7 @@ class NatsBlobStore:
                 await store.get(blob.name, writeinto=file)
 
         try:
-            await self._link.retry(f"fetch blob {blob.name}", attempt, deadline_seconds=TRANSFER_SECONDS)
+            await self._link.retry(f"fetch blob {blob.name}", attempt, **_deadlines(blob))
             verify_file(blob, destination)
         except (
             nats.js.errors.ObjectNotFoundError,
@@ -109,3 +111,8 @@ class NatsBlobStore:
         if self._store is None:
             self._store = await self._link.jetstream.object_store(self._link.names.blob_bucket)
         return self._store
+
+
+def _deadlines(blob: Blob) -> dict[str, float]:
+    attempt = ATTEMPT_SECONDS + blob.num_bytes / SLOWEST_BYTES_PER_SECOND
+    return {"attempt_seconds": attempt, "deadline_seconds": max(TRANSFER_SECONDS, 3 * attempt)}
