@@ -6,9 +6,11 @@ import asyncio
 import io
 import os
 import random
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.integration.conftest import NAMES
@@ -146,6 +148,54 @@ async def test_a_missing_blob_is_named(place: Place, tmp_path: Path) -> None:
         await place.store.delete(blob.name)
         await place.store.delete(blob.name)
     assert await place.store.names() == set()
+
+
+async def test_a_blob_whose_bytes_are_gone_is_missing_and_the_next_put_makes_it_whole(
+    link: Link, tmp_path: Path
+) -> None:
+    """The object store's own read would wait for them for ever."""
+    store = NatsBlobStore(link)
+    blob = make_blob("w-1-0-0000", DATA)
+    await store.put(blob, DATA)
+    bucket = NAMES.blob_bucket
+    await link.jetstream.purge_stream(f"OBJ_{bucket}", subject=f"$O.{bucket}.C.>")
+    with pytest.raises(BlobMissing):
+        async with asyncio.timeout(10):
+            await store.fetch(blob, tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+    await store.put(blob, DATA)
+    await store.fetch(blob, tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("frozen_at", [".C.", ".M."], ids=["its bytes", "its description"])
+async def test_a_put_whose_answers_are_lost_ends_whole(
+    server: NatsServer, link: Link, tmp_path: Path, frozen_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client undoes what it believes to have failed; that reaches the frozen server after what it undoes."""
+    store = NatsBlobStore(link)
+    blob = make_blob("w-1-0-0000", DATA)
+    held = await link.jetstream.object_store(NAMES.blob_bucket)
+    publish: Any = held._js.publish
+    thawing: list[asyncio.TimerHandle] = []
+    assert server.pid is not None
+
+    async def freeze_once(subject: str, *arguments: Any, **options: Any) -> Any:
+        if frozen_at in subject and not thawing:
+            os.kill(server.pid, signal.SIGSTOP)
+            thawing.append(asyncio.get_running_loop().call_later(7.0, os.kill, server.pid, signal.SIGCONT))
+        return await publish(subject, *arguments, **options)
+
+    monkeypatch.setattr(held._js, "publish", freeze_once)
+    try:
+        await store.put(blob, DATA)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert thawing
+    await asyncio.sleep(0.5)
+    async with asyncio.timeout(15):
+        await store.fetch(blob, tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == DATA
 
 
 async def put_version(store: BlobStore, parts: list[bytes]) -> tuple[Blob, WeightManifest]:
