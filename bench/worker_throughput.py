@@ -31,9 +31,9 @@ from rljob_runtime.rollout.tally import Tally
 from rljob_runtime.rollout.vllm_engine import VllmEngine, VllmSettings
 from rljob_runtime.trajectory_codec import encode_trajectory
 
-EPISODES = 256
+EPISODES = 768
 AT_ONCE = 64
-ROUNDS = 7
+ROUNDS = 9
 PARAMETERS = {"digits": 8, "turns": 6}
 
 
@@ -82,7 +82,9 @@ async def _measure() -> list[tuple[float, float]]:
             await engine.resume()
             rates = []
             for number in range(ROUNDS + 1):
+                await engine._llm.reset_prefix_cache()
                 tokens, seconds, requests = await _ours(engine, bare, number)
+                await engine._llm.reset_prefix_cache()  # or the same prompts would cost the second nothing
                 bare_tokens, bare_seconds = await _bare(engine, requests)
                 if number:  # the first round warms up
                     rates.append((tokens / seconds, bare_tokens / bare_seconds))

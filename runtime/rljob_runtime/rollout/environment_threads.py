@@ -29,6 +29,7 @@ class EnvironmentThreads:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = 0
         self._running = 0
+        self._late: set[asyncio.Future[Any]] = set()
         self.hung = 0
         """Calls that outlived their timeout and have not returned yet."""
 
@@ -41,28 +42,25 @@ class EnvironmentThreads:
         """
         await self._slot()
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        answer: asyncio.Future[T] = loop.create_future()
         self._running += 1
         if self._threads < self._running:
             self._threads += 1
             threading.Thread(
                 target=_serve, args=(self._calls,), name=f"environment-{self._threads}", daemon=True
             ).start()
-        self._calls.put(lambda: _run(function, loop, future))
-        future.add_done_callback(self._returned)
-        done, _ = await asyncio.wait({future}, timeout=self._timeout_seconds)
-        if not done:
-            self.hung += 1
-            future.add_done_callback(self._came_back)
-            raise EnvironmentFailure(
-                f"{what} did not return within {self._timeout_seconds:g} s (environment.timeoutSeconds)"
-            )
-        error = future.exception()
-        if isinstance(error, RljobError):
+        self._calls.put(lambda: _run(function, loop, lambda settle: self._returned(answer, settle)))
+        timer = loop.call_later(self._timeout_seconds, self._give_up, answer, what)
+        try:
+            return await answer
+        except EnvironmentFailure:
+            raise
+        except RljobError as error:
             raise EnvironmentFailure(f"{what}: {error}") from error
-        if error is not None:
+        except Exception as error:  # the environment's own: whatever it is, it says nothing about our state
             raise EnvironmentFailure(f"{what} raised {type(error).__name__}: {error}") from error
-        return future.result()
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         """Let idle threads end; hung ones are left behind as daemons."""
@@ -84,13 +82,21 @@ class EnvironmentThreads:
                     await self._slots.acquire()
                 return
 
-    def _returned(self, future: asyncio.Future[Any]) -> None:
-        future.exception()  # retrieved, also where the caller is gone: else asyncio complains at collection
+    def _give_up(self, answer: asyncio.Future[Any], what: str) -> None:
+        if not answer.done():
+            self.hung += 1
+            self._late.add(answer)
+            limit = f"{self._timeout_seconds:g} s (environment.timeoutSeconds)"
+            answer.set_exception(EnvironmentFailure(f"{what} did not return within {limit}"))
+
+    def _returned(self, answer: asyncio.Future[Any], settle: Callable[[asyncio.Future[Any]], None]) -> None:
         self._running -= 1
         self._slots.release()
-
-    def _came_back(self, _: asyncio.Future[Any]) -> None:
-        self.hung -= 1
+        if answer in self._late:
+            self._late.discard(answer)
+            self.hung -= 1
+        elif not answer.done():  # else its caller was cancelled
+            settle(answer)
 
 
 def _serve(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
@@ -98,14 +104,19 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         call()
 
 
-def _run(function: Callable[[], T], loop: asyncio.AbstractEventLoop, future: asyncio.Future[T]) -> None:
-    settle: Callable[[], None]
+def _run(
+    function: Callable[[], T],
+    loop: asyncio.AbstractEventLoop,
+    returned: Callable[[Callable[[asyncio.Future[T]], None]], None],
+) -> None:
+    settle: Callable[[asyncio.Future[T]], None]
     try:
         result = function()
     except Exception as error:  # the top of the thread's loop: whatever it is, the caller gets it as EnvironmentFailure
-        caught = error
-        settle = lambda: None if future.done() else future.set_exception(caught)  # noqa: E731
+        # A future refuses StopIteration, and its caller would wait for ever.
+        caught = RuntimeError("StopIteration") if isinstance(error, StopIteration) else error
+        settle = lambda answer: answer.set_exception(caught)  # noqa: E731
     else:
-        settle = lambda: None if future.done() else future.set_result(result)  # noqa: E731
+        settle = lambda answer: answer.set_result(result)  # noqa: E731
     with contextlib.suppress(RuntimeError):  # the event loop is closed: the worker has stopped meanwhile
-        loop.call_soon_threadsafe(settle)
+        loop.call_soon_threadsafe(returned, settle)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial as partial_call
 
 import numpy as np
 
 from rljob_api.errors import EnvironmentFailure
 from rljob_api.messages import Outcome, Task, TrajectoryHeader
-from rljob_runtime.environments.base import Environment
+from rljob_runtime.environments.base import Environment, EpisodeEnd, Message, StepResult
 from rljob_runtime.rollout.engine import GenerationRequest
 from rljob_runtime.rollout.environment_threads import EnvironmentThreads
 from rljob_runtime.rollout.gate import Gate
@@ -61,14 +62,15 @@ async def run_episode(
     """
     started_at = parts.wall_clock()
     call = parts.threads.call
-    environment = await call("making the environment", lambda: parts.make_environment(task.seed))
-    partial.observe(parts.renderer.first(await call("reset", environment.reset)))
+    environment, prompt = await call("making the environment and its reset", lambda: _begin(parts, task.seed))
+    partial.observe(parts.renderer.first(prompt))
     if not 1 <= len(partial) < settings.max_trajectory_tokens:
         raise EnvironmentFailure(
             f"a prompt of {len(partial)} tokens; sampling.maxTrajectoryTokens is {settings.max_trajectory_tokens}; "
             "there must be a prompt and room for an answer"
         )
     rewards: list[float] = []
+    end: EpisodeEnd | None = None
     outcome = Outcome.TRUNCATED
     while (room := settings.max_trajectory_tokens - len(partial)) > 0:
         partial.begin_turn()
@@ -83,7 +85,7 @@ async def run_episode(
         await parts.gate.generate(request, partial)
         turn = partial.turn_tokens
         answer = parts.renderer.decode(turn)
-        result = await call("step", lambda answer=answer: environment.step(answer))  # type: ignore[misc]
+        result, end = await call("step, or end after it", partial_call(_step, environment, answer))
         rewards.append(_finite("reward of a step", result.reward))
         if result.done:
             outcome = Outcome.FINISHED
@@ -93,7 +95,8 @@ async def run_episode(
         if len(partial) + len(observation) >= settings.max_trajectory_tokens:
             break  # no model token would follow it: an observation at the end teaches nothing
         partial.observe(observation)
-    end = await call("end", environment.end)
+    if end is None:  # cut off by its length
+        end = await call("end", environment.end)
     header = TrajectoryHeader(
         task=task.task,
         sample=task.sample,
@@ -142,6 +145,17 @@ def failed_trajectory(task: Task, attempt: int, settings: EpisodeSettings, error
 def sampling_seed(task: Task) -> int:
     """Key of the simulated engine's generator: differs between the samples of a group, equal for every attempt."""
     return (task.seed * 1_000_003 + task.task * 8191 + task.sample) % (1 << SEED_BITS)
+
+
+def _begin(parts: EpisodeParts, seed: int) -> tuple[Environment, tuple[Message, ...]]:
+    """What needs no model token in between goes to a thread together: a hop there and back costs more than most calls."""
+    environment = parts.make_environment(seed)
+    return environment, environment.reset()
+
+
+def _step(environment: Environment, answer: str) -> tuple[StepResult, EpisodeEnd | None]:
+    result = environment.step(answer)
+    return result, environment.end() if result.done else None
 
 
 def _finite(what: str, value: float) -> float:
