@@ -7,14 +7,19 @@ from typing import Literal
 from pydantic import Field
 
 from rljob_api.base import FrozenJsonObject, FrozenModel
+from rljob_api.extensions import OPEN_OBJECT, OPEN_POD_SPEC
 
 
 class PodTemplate(FrozenModel):
     """A Kubernetes pod template. Unknown fields are kept as they are; the operator applies them strictly."""
 
-    metadata: FrozenJsonObject | None = Field(default=None, description="Labels and annotations of the pods.")
+    metadata: FrozenJsonObject | None = Field(
+        default=None, description="Labels and annotations of the pods.", json_schema_extra=OPEN_OBJECT
+    )
     spec: FrozenJsonObject | None = Field(
-        default=None, description="Pod spec; the container `trainer` or `rollout` is the runtime's."
+        default=None,
+        description="Pod spec; the container `trainer` or `rollout` is the runtime's.",
+        json_schema_extra=OPEN_POD_SPEC,
     )
 
 
@@ -64,7 +69,7 @@ class Engine(FrozenModel):
 
 
 class RolloutPool(FrozenModel):
-    name: str = Field(description="Name of the pool: RFC 1035 label, at most 16 characters.")
+    name: str = Field(max_length=63, description="Name of the pool: RFC 1035 label, at most 16 characters.")
     replicas: int | None = Field(
         default=None,
         ge=0,

@@ -65,6 +65,11 @@ class Rule:
     check: Callable[[Any], Iterable[Finding]]
     """Findings of one object at `scope`."""
 
+    @property
+    def message(self) -> str:
+        """What the apiserver says when its form of the rule (cel.py) is broken; it names the field itself."""
+        return f"{self.reason}. {self.remedy}"
+
 
 def largest_trajectory_bytes(sampling: Sampling) -> int:
     """Upper bound of one trajectory's message."""
@@ -394,14 +399,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "failure-rules-name-pools",
         _SPEC,
-        "is not a pool",
+        "names no pool of the job",
         f"Name `{TRAINER}` or a rollout pool.",
         _failure_rules_name_pools,
     ),
     Rule(
         "unique-failure-rule-names",
         "spec.failurePolicy",
-        "is the name of another rule",
+        "repeats the name of another rule",
         "Give each rule its own name.",
         _unique_failure_rule_names,
     ),

@@ -22,6 +22,7 @@ OWNED = (
     "belongs to the operator (in the container `{}`: command, args, livenessProbe, readinessProbe, startupProbe, "
     "RLJOB_* environment, /dev/shm; in the pod: restartPolicy)"
 )
+CONTAINERS = "must be a list of at most 64 containers, each with a name of at most 63 characters"
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ CASES = (
         {"spec.failurePolicy.rules": [{"name": "r", "pools": ["trainer", "mian"], "action": "FailJob"}]},
         "spec.failurePolicy.rules[0].pools[1]",
         '"mian"',
-        "is not a pool",
+        "names no pool of the job",
         "Name `trainer` or a rollout pool.",
         {"spec.failurePolicy.rules": [{"name": "r", "pools": ["trainer", "main"], "action": "FailJob"}]},
     ),
@@ -268,7 +269,7 @@ CASES = (
         {"spec.failurePolicy.rules": [{"name": "r", "onReasons": ["X"], "action": "Ignore"}] * 2},
         "spec.failurePolicy.rules[1].name",
         '"r"',
-        "is the name of another rule",
+        "repeats the name of another rule",
         "Give each rule its own name.",
         {"spec.failurePolicy.rules": [{"name": n, "onReasons": ["X"], "action": "Ignore"} for n in "rs"]},
     ),
@@ -350,6 +351,24 @@ CLUSTER_CASES = (
         {f"{POOLS}.0.template.spec.containers": [container("rollout", volumeMounts=[{"mountPath": "/data"}])]},
     ),
     Case(
+        "trainer-template-containers",
+        {f"{TEMPLATE}.containers": {"trainer": {"image": "mine"}}},
+        "spec.trainer.template.spec.containers",
+        '{"trainer": {"image": "mine"}}',
+        CONTAINERS,
+        "Write each container after `- name: `, the runtime's own as `- name: trainer`.",
+        {f"{TEMPLATE}.containers": [container("trainer", image="mine")]},
+    ),
+    Case(
+        "rollout-template-containers",
+        {f"{POOLS}.0.template.spec.containers": [container("rollout"), {"image": "mine"}]},
+        "spec.rolloutPools[0].template.spec.containers[1]",
+        '{"image": "mine"}',
+        CONTAINERS,
+        "Write each container after `- name: `, the runtime's own as `- name: rollout`.",
+        {f"{POOLS}.0.template.spec.containers": [container("rollout"), container("a" * 63)]},
+    ),
+    Case(
         "trainer-template-container-names",
         {f"{TEMPLATE}.containers": [container("trainer"), container("trainer")]},
         "spec.trainer.template.spec.containers[1].name",
@@ -390,7 +409,7 @@ def test_a_cluster_refuses_what_a_machine_of_ones_own_runs(case: Case) -> None:
 
 
 def test_a_template_of_a_shape_that_kubernetes_refuses_is_left_to_kubernetes() -> None:
-    odd = {f"{TEMPLATE}.containers": {"trainer": {"command": 1}}, f"{POOLS}.0.template.spec.containers": ["rollout", 1]}
+    odd = {f"{TEMPLATE}.initContainers": {"a": {"image": 1}}, f"{POOLS}.0.template.spec.volumes": ["rollout", 1]}
     assert cluster_violations(parse_job(changed(ON_A_CLUSTER | odd))) == ()
 
 
