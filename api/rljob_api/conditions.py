@@ -28,7 +28,6 @@ class Condition(FrozenModel):
     last_transition_time: str | None = Field(
         default=None,
         pattern=RFC3339_SECONDS,
-        max_length=20,
         description="When the status last changed; set by set_condition.",
     )
 

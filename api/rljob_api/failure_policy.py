@@ -19,7 +19,9 @@ class FailureAction(DocumentedEnum):
 
 class PodCondition(FrozenModel):
     type: str = Field(min_length=1, max_length=316, description="Type of a pod condition, such as DisruptionTarget.")
-    status: Literal["True", "False", "Unknown"] = Field(default="True", description="Its status.")
+    status: Literal["True", "False", "Unknown"] = Field(
+        default="True", description="Status that the condition must have."
+    )
 
 
 class FailureRule(FrozenModel):

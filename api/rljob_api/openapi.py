@@ -36,7 +36,7 @@ _KEPT = (
 _DROPPED = {"$defs", "title", "default", "const", "$ref", "anyOf", "exclusiveMinimum", "exclusiveMaximum", "required"}
 _DROPPED |= {"properties", "items", "additionalProperties", MEANINGS}
 _ANY_JSON: Schema = {_OPEN: True, "nullable": True}
-_EMPTY_OBJECT: Schema = {"maxProperties": 0, "additionalProperties": {"type": "string", "maxLength": 0}}
+_EMPTY_OBJECT: Schema = {"maxProperties": 0, "additionalProperties": {"type": "boolean"}}
 """An object without fields. Without `additionalProperties` the apiserver's rules cannot compare it with itself."""
 
 

@@ -170,7 +170,7 @@ class Sampling(FrozenModel):
     """
 
     temperature: float = Field(default=1.0, gt=0, le=100, description="Softmax temperature; the loss uses the same.")
-    max_tokens: int = Field(default=256, ge=1, le=1 << 20, description="Longest model turn, in tokens.")
+    max_tokens: int = Field(default=256, ge=1, le=(1 << 20) - 1, description="Longest model turn, in tokens.")
     max_trajectory_tokens: int = Field(
         default=4096,
         ge=2,

@@ -19,7 +19,7 @@ MAX_LAGGARDS = 10
 MAX_SERVING_VERSIONS = 256
 """Newest versions that a status lists; a pod below them is a laggard, named as such."""
 
-Time = Annotated[str, Field(pattern=RFC3339_SECONDS, max_length=20)]
+Time = Annotated[str, Field(pattern=RFC3339_SECONDS)]
 """RFC 3339, UTC, whole seconds."""
 Decimal = Annotated[str, Field(pattern=r"^-?\d+(\.\d+)?$", max_length=32)]
 """A number with a fraction: the API conventions of Kubernetes refuse floats, which do not survive a round trip."""
@@ -53,8 +53,8 @@ class WeightStatus(StatusPart):
 
 class StalenessStatus(StatusPart):
     p50: Count = Field(default=0, description="Median staleness of the tokens trained in the last step, in versions.")
-    p95: Count = Field(default=0, description="95th percentile.")
-    max: Count = Field(default=0, description="Largest.")
+    p95: Count = Field(default=0, description="Their 95th percentile.")
+    max: Count = Field(default=0, description="The largest.")
 
 
 class TokenCounts(StatusPart):
