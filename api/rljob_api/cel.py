@@ -2,7 +2,8 @@
 
 Text and scope are those of rules.py and cluster_rules.py, so that `rljob validate` and the apiserver say the same. The
 expressions may read every field that has a default (the apiserver fills it in before it looks) and ask `has` for the
-others. Each has a cost that the apiserver bounds from the longest strings and lists of the schema.
+others; in an object whose own default is `{}` they ask for all, since the apiserver also tries its rules on that default
+as it stands. Each has a cost that the apiserver bounds from the longest strings and lists of the schema.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _label(name: str, characters: int) -> str:
 
 
 def _neutral(field: str, value: str) -> Cel:
-    return Cel(f"self.{field} == {value}", field)
+    return Cel(f"!has(self.{field}) || self.{field} == {value}", field)
 
 
 def _empty(field: str) -> Cel:
@@ -69,7 +70,10 @@ CEL: dict[str, Cel] = {
     "sampling-logit-bias": _empty("logitBias"),
     "sampling-bad-words": _empty("badWords"),
     "sampling-guided-decoding": Cel("!has(self.guidedDecoding)", "guidedDecoding"),
-    "turn-fits-trajectory": Cel("self.maxTokens < self.maxTrajectoryTokens", "maxTokens"),
+    "turn-fits-trajectory": Cel(
+        "!has(self.maxTokens) || !has(self.maxTrajectoryTokens) || self.maxTokens < self.maxTrajectoryTokens",
+        "maxTokens",
+    ),
     "trajectory-fits-model": Cel(
         "!has(self.model.random) || self.sampling.maxTrajectoryTokens <= self.model.random.maxPositions",
         "sampling.maxTrajectoryTokens",

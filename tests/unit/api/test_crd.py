@@ -215,7 +215,9 @@ def unguarded(pattern: str, expression: str) -> Iterator[str]:
             if place not in PARTS:
                 yield f"{chain} is not declared"
                 break
-            given = word in parent.get("required", ()) or "default" in PARTS[place] or place == "metadata"
+            # The apiserver tries the rules of an object on its default as it stands, before that is filled in.
+            filled = "default" in PARTS[place] and "default" not in PARTS[pattern]
+            given = word in parent.get("required", ()) or filled or place == "metadata"
             if not given and ".".join(chain.split(".")[:depth]) not in asked:
                 yield f"{chain} may be absent at {word}"
 
@@ -227,6 +229,7 @@ def test_no_rule_reads_a_field_that_may_be_absent_without_asking() -> None:
 def test_the_check_for_absent_fields_sees_them() -> None:
     assert list(unguarded("spec", "self.model.random.heads > 1")) == ["self.model.random.heads may be absent at random"]
     assert list(unguarded("spec", "!has(self.model.random) || self.model.random.heads > 1")) == []
+    assert list(unguarded("spec.sampling", "self.topK == 0")) == ["self.topK may be absent at topK"]
     assert list(unguarded("spec.training", "self.step > 1")) == ["self.step is not declared"]
 
 
