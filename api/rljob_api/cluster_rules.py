@@ -8,7 +8,8 @@ from pydantic import JsonValue
 
 from rljob_api.extensions import MAX_CONTAINER_NAME, MAX_CONTAINERS
 from rljob_api.pools import PodTemplate
-from rljob_api.rules import TRAINER, Finding, Rule
+from rljob_api.rule import Finding, Rule
+from rljob_api.rules import TRAINER
 from rljob_api.spec import RLJobSpec
 
 ROLLOUT = "rollout"

@@ -14,11 +14,16 @@ class PodTemplate(FrozenModel):
     """A Kubernetes pod template. Unknown fields are kept as they are; the operator applies them strictly."""
 
     metadata: FrozenJsonObject | None = Field(
-        default=None, description="Labels and annotations of the pods.", json_schema_extra=OPEN_OBJECT
+        default=None,
+        description="Labels and annotations of the pods; the operator adds its own.",
+        json_schema_extra=OPEN_OBJECT,
     )
     spec: FrozenJsonObject | None = Field(
         default=None,
-        description="Pod spec; the container `trainer` or `rollout` is the runtime's.",
+        description=(
+            "Pod spec. In the container `trainer` or `rollout` the operator owns command, probes, RLJOB_* environment and "
+            "/dev/shm; all else is kept as it is."
+        ),
         json_schema_extra=OPEN_POD_SPEC,
     )
 
@@ -31,7 +36,9 @@ class TrainerPool(FrozenModel):
     stall_seconds: int = Field(
         default=600, ge=1, description="Without a step heartbeat for that long the gang restarts (TrainerStalled)."
     )
-    template: PodTemplate | None = Field(default=None, description="Pod template.")
+    template: PodTemplate | None = Field(
+        default=None, description="Template of the trainer pods; a change makes a new attempt from the checkpoint."
+    )
 
 
 class VllmEngine(FrozenModel):
@@ -64,7 +71,7 @@ class SimulatedEngine(FrozenModel):
 class Engine(FrozenModel):
     """Inference engine of a pool: at most one; none is vLLM with its defaults."""
 
-    vllm: VllmEngine | None = Field(default=None, description="vLLM (default).")
+    vllm: VllmEngine | None = Field(default=None, description="vLLM in the rollout process (default).")
     simulated: SimulatedEngine | None = Field(default=None, description="Simulated engine, for tests only.")
 
 
@@ -80,5 +87,9 @@ class RolloutPool(FrozenModel):
     max_concurrent_trajectories: int = Field(
         default=64, ge=1, le=4096, description="Episodes that one worker runs at once."
     )
-    engine: Engine = Field(default_factory=Engine, description="Inference engine.")
-    template: PodTemplate | None = Field(default=None, description="Pod template.")
+    engine: Engine = Field(
+        default_factory=Engine, description="Inference engine: at most one; none is vLLM with its defaults."
+    )
+    template: PodTemplate | None = Field(
+        default=None, description="Template of the pool's pods; a change replaces them one after the other."
+    )

@@ -131,7 +131,9 @@ class Model(FrozenModel):
         max_length=4096,
         description="A model directory inside the trainer's container or machine.",
     )
-    random: RandomModel | None = Field(default=None, description="Make a small random model.")
+    random: RandomModel | None = Field(
+        default=None, description="Make a small random model on the spot, with a character tokenizer: for tests."
+    )
 
 
 # ------------------------------------------------------------------------------------------- environment, sampling
@@ -323,7 +325,9 @@ class WeightSync(FrozenModel):
 
 class ClaimStorage(FrozenModel):
     claim_name: str = Field(
-        min_length=1, max_length=253, description="PersistentVolumeClaim. `rljob run` uses a folder of the run instead."
+        min_length=1,
+        max_length=253,
+        description="Name of the PersistentVolumeClaim; `rljob run` uses a folder of the run instead.",
     )
 
 

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from rljob_api.cluster_rules import CLUSTER_RULES
 from rljob_api.documents import as_sent, partial_model, without_nulls
 from rljob_api.errors import SpecError, Violation
-from rljob_api.rules import RULES, Finding, Rule
+from rljob_api.rule import Finding, Rule
+from rljob_api.rules import RULES
 from rljob_api.schema import field_of, is_given, joined, places, shown
 from rljob_api.schema_errors import distinct_errors, schema_violation
 from rljob_api.spec import RLJob

@@ -10,7 +10,7 @@ import pytest
 KUBECONFIG = os.environ.get("RLJOB_E2E_KUBECONFIG", "")
 
 # Without a cluster there is nothing to collect: a skipped test would say that something was left out by mistake.
-collect_ignore = [] if KUBECONFIG else ["test_on_apiserver.py", "apiserver.py"]
+collect_ignore = [] if KUBECONFIG else ["test_on_apiserver.py"]
 
 
 @pytest.fixture(scope="session")
