@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,9 +14,7 @@ from kubernetes import config
 from rljob_api.crd import GROUP, PLURAL, VERSION, custom_resource_definition
 
 SECONDS = 10
-NAMESPACE = "rljob-schema-tests"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-JOBS = f"/apis/{GROUP}/{VERSION}/namespaces/{NAMESPACE}/{PLURAL}"
 DRY = "dryRun=All&fieldValidation=Strict"
 
 
@@ -38,9 +37,11 @@ class Verdict:
 
 
 class Apiserver:
-    """Installs the CRD and a namespace; takes both away at the end."""
+    """Installs the CRD, which stays, and a namespace of its own, which goes."""
 
     def __init__(self, kubeconfig: str) -> None:
+        self._namespace = f"rljob-schema-{secrets.token_hex(4)}"
+        self._jobs = f"/apis/{GROUP}/{VERSION}/namespaces/{self._namespace}/{PLURAL}"
         self._client = config.new_client_from_config(config_file=kubeconfig)
 
     def __enter__(self) -> Self:
@@ -52,15 +53,15 @@ class Apiserver:
             "application/apply-patch+yaml",
         )
         assert applied.accepted, json.dumps(applied.body, indent=1)
-        created = self.call("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
-        assert created.accepted or created.status == 409, created.body
+        created = self.call("POST", "/api/v1/namespaces", {"metadata": {"name": self._namespace}})
+        assert created.accepted, created.body
         self._wait_until_served(f"{CRDS}/{crd['metadata']['name']}", applied.body["metadata"]["generation"])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for job in self.call("GET", JOBS).body.get("items", []):
-            self.call("DELETE", f"{JOBS}/{job['metadata']['name']}")
-        self.call("DELETE", f"/api/v1/namespaces/{NAMESPACE}")
+        for job in self.call("GET", self._jobs).body.get("items", []):
+            self.call("DELETE", f"{self._jobs}/{job['metadata']['name']}")
+        self.call("DELETE", f"/api/v1/namespaces/{self._namespace}")
         self._client.close()
 
     def _wait_until_served(self, path: str, generation: int) -> None:
@@ -72,7 +73,7 @@ class Apiserver:
                 c for c in definition.get("status", {}).get("conditions", []) if c["type"] == "NonStructuralSchema"
             ]
             assert not structural, structural
-            if established and established[0]["status"] == "True" and self.call("GET", JOBS).status == 200:
+            if established and established[0]["status"] == "True" and self.call("GET", self._jobs).status == 200:
                 time.sleep(1)  # an update of a CRD that exists reaches the handlers a moment after its condition
                 return
             time.sleep(0.1)
@@ -94,11 +95,11 @@ class Apiserver:
 
     def create(self, document: dict[str, Any], *, dry_run: bool = True) -> Verdict:
         """POST of an RLJob; a dry run goes through defaults and every check, and leaves nothing behind."""
-        return self.call("POST", f"{JOBS}?{DRY if dry_run else 'fieldValidation=Strict'}", document)
+        return self.call("POST", f"{self._jobs}?{DRY if dry_run else 'fieldValidation=Strict'}", document)
 
     def replace(self, document: dict[str, Any], subresource: str = "") -> Verdict:
         """PUT of an RLJob that exists, as a dry run."""
-        return self.call("PUT", f"{JOBS}/{document['metadata']['name']}{subresource}?{DRY}", document)
+        return self.call("PUT", f"{self._jobs}/{document['metadata']['name']}{subresource}?{DRY}", document)
 
     def delete(self, name: str) -> Verdict:
-        return self.call("DELETE", f"{JOBS}/{name}")
+        return self.call("DELETE", f"{self._jobs}/{name}")
