@@ -95,7 +95,7 @@ def refused(schema: dict[str, Any], value: Any, pattern: str = "") -> Iterator[t
             if (schema.get("x-kubernetes-list-type") == "map" and all(isinstance(item, dict) for item in value))
             else []
         )
-        if len(set(keys)) < len(keys):
+        if any(keys.count(key) > 1 for key in keys):
             yield pattern, "list-map"
         for item in value:
             yield from refused(schema["items"], item, f"{pattern}[*]")

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from tests.schema.bounds import BOUNDS, Bound
-from tests.schema.structural import constraints, defaulted, refused
+from tests.schema.structural import constraints, defaulted, parts, refused
 from tests.schema.transitions import ACCEPTED, REFUSED, Transition
 from tests.unit.api.documents import MINIMAL, changed
 from tests.unit.api.rule_cases import CASES, CLUSTER_CASES, ON_A_CLUSTER, Case
 
 from rljob_api.cel import CEL, IMMUTABLE, WITHOUT_CEL
+from rljob_api.cluster_rules import CLUSTER_RULES
 from rljob_api.crd import object_schema
+from rljob_api.documents import as_sent
+from rljob_api.rules import RULES
 from rljob_api.schema import path_of
 from rljob_api.status import RLJobStatus
 from rljob_api.validate import parse_job, violations_on_cluster
@@ -143,3 +149,49 @@ def test_a_change_is_judged_by_what_changes_for_both_jobs_are_valid(transition: 
     assert violations_on_cluster(before) == () and violations_on_cluster(after) == ()
     same = [getattr(parse_job(before).spec, field) == getattr(parse_job(after).spec, field) for field in IMMUTABLE]
     assert same == [field != transition.field for field in IMMUTABLE]
+
+
+# ------------------------------------------------------------------------------------------------------- any document
+
+FIELDS = sorted(
+    pattern.replace("[*]", ".0") for pattern, _ in parts(SCHEMA) if re.fullmatch(r"spec\.[^*]*(\[\*\])?[^*]*", pattern)
+)
+SCALARS = st.none() | st.booleans() | st.integers(-2, 70000) | st.floats(-2, 2) | st.text("aZ-1", max_size=5)
+VALUES = (
+    SCALARS
+    | st.lists(SCALARS, max_size=2)
+    | st.dictionaries(st.sampled_from(["name", "low", "x"]), SCALARS, max_size=2)
+)
+
+
+def put(document: Any, path: str, value: Any) -> None:
+    """Set a value, unless an earlier one took its place away; items that are missing are made."""
+    *before, last = path.split(".")
+    for part, following in zip(before, [*before[1:], last], strict=True):
+        if isinstance(document, list):
+            document += [{}] if not document else []
+            document = document[0]
+        elif isinstance(document, dict):
+            document = document.setdefault(part, [] if following == "0" else {})
+    if isinstance(document, dict):
+        document[last] = value
+
+
+@settings(max_examples=400, deadline=None)
+@given(changes=st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), min_size=1, max_size=3))
+def test_validate_and_the_schema_agree_on_any_document(changes: list[tuple[str, Any]]) -> None:
+    document = changed(ON_A_CLUSTER)
+    for path, value in changes:
+        put(document, path, value)
+    sent, _ = as_sent(document)
+    by_schema, by_validate = broken(sent), violations_on_cluster(document)
+    if not by_validate:
+        assert by_schema == set()
+    if by_schema:
+        assert by_validate
+    if by_validate and not by_schema:
+        # What the schema lets pass is a rule's to refuse, and says so in the rule's own words.
+        assert {violation.remedy for violation in by_validate} <= REMEDIES
+
+
+REMEDIES = {rule.remedy for rule in (*RULES, *CLUSTER_RULES)}
