@@ -13,7 +13,7 @@ export DO_NOT_TRACK ?= 1
 # Whole files go to one of these processes; each end-to-end test starts four or five more by itself.
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo test lint type fmt bench clean
+.PHONY: help setup demo test lint type fmt generate verify bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -25,7 +25,7 @@ demo: setup  ## run examples/quickstart.yaml: real vLLM and torch, 2 rollout wor
 	@echo "demo: training a small model to copy digits, asynchronously, on this machine (about 6 minutes on 2 cores)"
 	@$(BIN)/rljob run examples/quickstart.yaml
 
-test: setup lint type  ## lint, types, import contracts and all tests with real parts (about 10 minutes on 2 quiet cores)
+test: setup lint type verify  ## lint, types, import contracts and all tests with real parts (about 10 minutes on 2 quiet cores)
 	@echo "test: unit, protocol, numerics, integration with real nats-server, vLLM and torch (about 8 minutes on 2 cores)"
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
@@ -40,6 +40,13 @@ type: setup  ## strict type check (a minute when cold)
 fmt: setup  ## format the code
 	@$(BIN)/ruff check --fix $(PACKAGES) tests bench tools
 	@$(BIN)/ruff format $(PACKAGES) tests bench tools
+
+generate: setup  ## write what is made from the code: crds/rljob.yaml
+	@$(BIN)/rljob crd > crds/rljob.yaml.new && mv crds/rljob.yaml.new crds/rljob.yaml
+
+verify: setup  ## fail when a generated file is behind the code
+	@$(BIN)/rljob crd | diff -u crds/rljob.yaml - \
+		|| { echo "verify: crds/rljob.yaml is behind the models: run 'make generate' and commit it" >&2; exit 1; }
 
 bench: setup  ## measure what we claim about speed and memory; writes docs/benchmarks.md (about 8 minutes on 2 quiet cores)
 	@echo "bench: ratios within one run, on an otherwise quiet machine (about 8 minutes on 2 cores)"

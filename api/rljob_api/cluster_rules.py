@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 
 from pydantic import JsonValue
 
+from rljob_api.extensions import MAX_CONTAINER_NAME, MAX_CONTAINERS
 from rljob_api.pools import PodTemplate
-from rljob_api.rules import TRAINER, Finding, Rule
+from rljob_api.rule import Finding, Rule
+from rljob_api.rules import TRAINER
 from rljob_api.spec import RLJobSpec
 
 ROLLOUT = "rollout"
@@ -52,6 +54,19 @@ def _owned_fields(container_name: str) -> Callable[[PodTemplate], Iterator[Findi
     return check
 
 
+def _unnamed_containers(template: PodTemplate) -> Iterator[Finding]:
+    listed: object = template.spec.get("containers") if template.spec is not None else None
+    if listed is None:
+        return
+    if not isinstance(listed, tuple) or len(listed) > MAX_CONTAINERS:
+        yield Finding("spec.containers", listed)
+        return
+    for index, container in enumerate(listed):
+        name = container.get("name") if isinstance(container, dict) else None
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_CONTAINER_NAME:
+            yield Finding(f"spec.containers[{index}]", container)
+
+
 def _repeated_containers(template: PodTemplate) -> Iterator[Finding]:
     seen: set[JsonValue] = set()
     for kind in ("initContainers", "containers"):
@@ -72,6 +87,14 @@ def _template_rules(pool: str, scope: str, container: str) -> tuple[Rule, ...]:
             f"{_OWNED_PREFIX}* environment, /dev/shm; in the pod: restartPolicy)",
             "Remove it.",
             _owned_fields(container),
+        ),
+        Rule(
+            f"{pool}-template-containers",
+            scope,
+            f"must be a list of at most {MAX_CONTAINERS} containers, each with a name of at most "
+            f"{MAX_CONTAINER_NAME} characters",
+            f"Write each container after `- name: `, the runtime's own as `- name: {container}`.",
+            _unnamed_containers,
         ),
         Rule(
             f"{pool}-template-container-names",

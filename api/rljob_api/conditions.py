@@ -26,7 +26,9 @@ class Condition(FrozenModel):
     message: str = Field(default="", max_length=32768, description="Why, in a sentence with the next action.")
     observed_generation: int = Field(default=0, ge=0, description="Generation of the spec that was looked at.")
     last_transition_time: str | None = Field(
-        default=None, pattern=RFC3339_SECONDS, description="When the status last changed; set by set_condition."
+        default=None,
+        pattern=RFC3339_SECONDS,
+        description="When the status last changed; set by set_condition.",
     )
 
 

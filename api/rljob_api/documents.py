@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, TypeAdapter
 
 from rljob_api.errors import Violation
-from rljob_api.schema import Loc, model_in, path_of
+from rljob_api.schema import Loc, field_of, model_in, path_of
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -54,6 +54,21 @@ def as_sent(document: object) -> tuple[Any, tuple[Violation, ...]]:
                 return refuse(loc, value, f"is a {type(value).__name__}, which JSON cannot hold", "Put it in quotes.")
 
     return convert(document, ()), tuple(violations)
+
+
+def without_nulls(model: type[BaseModel], document: Any) -> Any:
+    """The document without `field: null`, which the apiserver takes as left out; inside free JSON a null is a value."""
+    if not isinstance(document, dict):
+        return document
+    kept = {}
+    for key, value in document.items():
+        declared = field_of(model, key)
+        if declared is None or value is not None:
+            inner = model_in(declared[1].annotation) if declared is not None else None
+            if inner is not None and isinstance(value, list):
+                value = [without_nulls(inner, item) for item in value]
+            kept[key] = value if inner is None else without_nulls(inner, value)
+    return kept
 
 
 def _is_text(value: object) -> bool:

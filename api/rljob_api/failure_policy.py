@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rljob_api.base import FrozenModel
+from rljob_api.enums import DocumentedEnum
 
 
-class FailureAction(StrEnum):
-    FAIL_JOB = "FailJob"
-    RESTART_JOB = "RestartJob"
-    RESTART_POOL = "RestartPool"
-    IGNORE = "Ignore"
+class FailureAction(DocumentedEnum):
+    FAIL_JOB = "FailJob", "Give up: the job fails with reason FailurePolicy."
+    RESTART_JOB = "RestartJob", "Make a new attempt of the trainer gang, from the last checkpoint."
+    RESTART_POOL = "RestartPool", "Restart the pods of the pool that failed."
+    IGNORE = "Ignore", "Leave the failed pod to Kubernetes, which replaces it."
 
 
 class PodCondition(FrozenModel):
-    type: str = Field(min_length=1, description="Type of a pod condition, such as DisruptionTarget.")
-    status: str = Field(default="True", description="Its status.")
+    type: str = Field(min_length=1, max_length=316, description="Type of a pod condition, such as DisruptionTarget.")
+    status: Literal["True", "False", "Unknown"] = Field(
+        default="True", description="Status that the condition must have."
+    )
 
 
 class FailureRule(FrozenModel):
     name: str = Field(min_length=1, max_length=63, description="Name of the rule, shown in events.")
-    pools: tuple[str, ...] = Field(
-        default=(), description="Pools the rule looks at (`trainer` or a rollout pool); empty is all."
+    pools: tuple[Annotated[str, Field(max_length=63)], ...] = Field(
+        default=(), max_length=17, description="Pools the rule looks at (`trainer` or a rollout pool); empty is all."
     )
-    on_reasons: tuple[str, ...] = Field(default=(), description="Failure reasons that match.")
-    on_pod_conditions: tuple[PodCondition, ...] = Field(default=(), description="Pod conditions that match.")
-    action: FailureAction = Field(description="FailJob, RestartJob, RestartPool or Ignore.")
+    on_reasons: tuple[Annotated[str, Field(max_length=128)], ...] = Field(
+        default=(), max_length=64, description="Failure reasons that match."
+    )
+    on_pod_conditions: tuple[PodCondition, ...] = Field(
+        default=(), max_length=32, description="Pod conditions that match; one of them is enough."
+    )
+    action: FailureAction = Field(description="What a failure that matches does.")
     counts_toward_max: bool = Field(default=True, description="Whether the restart counts toward maxRestarts.")
 
 

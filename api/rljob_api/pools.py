@@ -7,14 +7,24 @@ from typing import Literal
 from pydantic import Field
 
 from rljob_api.base import FrozenJsonObject, FrozenModel
+from rljob_api.extensions import OPEN_OBJECT, OPEN_POD_SPEC
 
 
 class PodTemplate(FrozenModel):
     """A Kubernetes pod template. Unknown fields are kept as they are; the operator applies them strictly."""
 
-    metadata: FrozenJsonObject | None = Field(default=None, description="Labels and annotations of the pods.")
+    metadata: FrozenJsonObject | None = Field(
+        default=None,
+        description="Labels and annotations of the pods; the operator adds its own.",
+        json_schema_extra=OPEN_OBJECT,
+    )
     spec: FrozenJsonObject | None = Field(
-        default=None, description="Pod spec; the container `trainer` or `rollout` is the runtime's."
+        default=None,
+        description=(
+            "Pod spec. In the container `trainer` or `rollout` the operator owns command, probes, RLJOB_* environment and "
+            "/dev/shm; all else is kept as it is."
+        ),
+        json_schema_extra=OPEN_POD_SPEC,
     )
 
 
@@ -26,7 +36,9 @@ class TrainerPool(FrozenModel):
     stall_seconds: int = Field(
         default=600, ge=1, description="Without a step heartbeat for that long the gang restarts (TrainerStalled)."
     )
-    template: PodTemplate | None = Field(default=None, description="Pod template.")
+    template: PodTemplate | None = Field(
+        default=None, description="Template of the trainer pods; a change makes a new attempt from the checkpoint."
+    )
 
 
 class VllmEngine(FrozenModel):
@@ -59,12 +71,12 @@ class SimulatedEngine(FrozenModel):
 class Engine(FrozenModel):
     """Inference engine of a pool: at most one; none is vLLM with its defaults."""
 
-    vllm: VllmEngine | None = Field(default=None, description="vLLM (default).")
+    vllm: VllmEngine | None = Field(default=None, description="vLLM in the rollout process (default).")
     simulated: SimulatedEngine | None = Field(default=None, description="Simulated engine, for tests only.")
 
 
 class RolloutPool(FrozenModel):
-    name: str = Field(description="Name of the pool: RFC 1035 label, at most 16 characters.")
+    name: str = Field(max_length=63, description="Name of the pool: RFC 1035 label, at most 16 characters.")
     replicas: int | None = Field(
         default=None,
         ge=0,
@@ -75,5 +87,9 @@ class RolloutPool(FrozenModel):
     max_concurrent_trajectories: int = Field(
         default=64, ge=1, le=4096, description="Episodes that one worker runs at once."
     )
-    engine: Engine = Field(default_factory=Engine, description="Inference engine.")
-    template: PodTemplate | None = Field(default=None, description="Pod template.")
+    engine: Engine = Field(
+        default_factory=Engine, description="Inference engine: at most one; none is vLLM with its defaults."
+    )
+    template: PodTemplate | None = Field(
+        default=None, description="Template of the pool's pods; a change replaces them one after the other."
+    )

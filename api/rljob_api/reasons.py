@@ -5,23 +5,10 @@ A reason's message is a full sentence with the next action; the same sentence go
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Self
+from rljob_api.enums import DocumentedEnum
 
 
-class _Documented(StrEnum):
-    """A string constant that knows when it is used, so that the reference is made from the code."""
-
-    used_when: str
-
-    def __new__(cls, value: str, used_when: str = "") -> Self:
-        member = str.__new__(cls, value)
-        member._value_ = value
-        member.used_when = used_when
-        return member
-
-
-class ConditionType(_Documented):
+class ConditionType(DocumentedEnum):
     READY = "Ready", "Summary of the job: True while it trains; False with reason Succeeded once it is done."
     TRAINER_READY = "TrainerReady", "True while every trainer process of the attempt runs and steps."
     ROLLOUTS_READY = (
@@ -35,7 +22,7 @@ class ConditionType(_Documented):
     FAILED = "Failed", "True once the job has given up; final."
 
 
-class Reason(_Documented):
+class Reason(DocumentedEnum):
     # Progress of a healthy job.
     PENDING = "Pending", "The job was accepted and nothing has been made yet."
     STARTING = "Starting", "Children exist; the trainer or a pool's minReplicas do not run yet."

@@ -1,20 +1,15 @@
-"""Rules over several fields, each with one text that every place shows: this check, and the CRD's own rules.
-
-A rule looks at one object of the job (`scope`), and finds fields inside it that break it. What a single field can say
-about itself (type, bounds, values) is in the models.
-"""
+"""The rules over several fields. What a single field can say about itself (type, bounds, values) is in the models."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel
 
 from rljob_api.failure_policy import FailurePolicy, FailureRule
 from rljob_api.pools import Engine, RolloutPool
+from rljob_api.rule import Finding, Rule, unless
 from rljob_api.spec import (
     Messaging,
     Model,
@@ -42,30 +37,6 @@ _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_REMEDY = "Use lower-case letters, digits and `-`; start with a letter and end with a letter or a digit."
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A field that breaks a rule."""
-
-    field: str
-    """Path relative to the rule's scope; empty is the scope itself."""
-    value: object
-    note: str = ""
-    """The other values that the rule looked at."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One rule and its text."""
-
-    id: str
-    scope: str
-    """Pattern of the objects it looks at, such as `spec.rolloutPools[*]`; empty is the whole object."""
-    reason: str
-    remedy: str
-    check: Callable[[Any], Iterable[Finding]]
-    """Findings of one object at `scope`."""
-
-
 def largest_trajectory_bytes(sampling: Sampling) -> int:
     """Upper bound of one trajectory's message."""
     return BYTES_PER_TOKEN * sampling.max_trajectory_tokens + HEADER_BYTES
@@ -76,11 +47,6 @@ def needed_stream_bytes(spec: RLJobSpec) -> int:
     steps = spec.staleness.max_versions + 1 + spec.storage.checkpoint.every_steps
     groups = steps * spec.training.tasks_per_step
     return groups * spec.sampling.samples_per_task * largest_trajectory_bytes(spec.sampling)
-
-
-def _unless(holds: bool, field: str, value: object, note: str = "") -> Iterator[Finding]:
-    if not holds:
-        yield Finding(field, value, note)
 
 
 def _is_label(name: str, characters: int) -> bool:
@@ -105,11 +71,11 @@ def _chosen(union: BaseModel) -> list[str]:
 
 def _schema_is_named(job: RLJob) -> Iterator[Finding]:
     for name, alias in (("api_version", "apiVersion"), ("kind", "kind")):
-        yield from _unless(name in job.model_fields_set, alias, None)
+        yield from unless(name in job.model_fields_set, alias, None)
 
 
 def _job_name(metadata: ObjectMeta) -> Iterator[Finding]:
-    return _unless(_is_label(metadata.name, JOB_NAME_CHARACTERS), "name", metadata.name)
+    return unless(_is_label(metadata.name, JOB_NAME_CHARACTERS), "name", metadata.name)
 
 
 # ----------------------------------------------------------------------------------------------------------- unions
@@ -117,12 +83,12 @@ def _job_name(metadata: ObjectMeta) -> Iterator[Finding]:
 
 def _one_model(model: Model) -> Iterator[Finding]:
     chosen = _chosen(model)
-    return _unless(len(chosen) == 1, "", chosen)
+    return unless(len(chosen) == 1, "", chosen)
 
 
 def _at_most_one(union: Engine | WeightStorage) -> Iterator[Finding]:
     chosen = _chosen(union)
-    return _unless(len(chosen) <= 1, "", chosen)
+    return unless(len(chosen) <= 1, "", chosen)
 
 
 # ------------------------------------------------------------------------------------------------- model and sampling
@@ -130,34 +96,34 @@ def _at_most_one(union: Engine | WeightStorage) -> Iterator[Finding]:
 
 def _head_groups(model: RandomModel) -> Iterator[Finding]:
     groups = model.key_value_heads
-    return _unless(groups is None or model.heads % groups == 0, "keyValueHeads", groups, f"heads is {model.heads}")
+    return unless(groups is None or model.heads % groups == 0, "keyValueHeads", groups, f"heads is {model.heads}")
 
 
 def _unique_alphabet(model: RandomModel) -> Iterator[Finding]:
     repeated = sorted({character for _, character in _repeated(model.alphabet)})
-    return _unless(not repeated, "alphabet", model.alphabet, f"repeated: {''.join(repeated)!r}")
+    return unless(not repeated, "alphabet", model.alphabet, f"repeated: {''.join(repeated)!r}")
 
 
 def _turn_fits_trajectory(sampling: Sampling) -> Iterator[Finding]:
     longest = sampling.max_trajectory_tokens
-    return _unless(sampling.max_tokens < longest, "maxTokens", sampling.max_tokens, f"maxTrajectoryTokens is {longest}")
+    return unless(sampling.max_tokens < longest, "maxTokens", sampling.max_tokens, f"maxTrajectoryTokens is {longest}")
 
 
 def _trajectory_fits_model(spec: RLJobSpec) -> Iterator[Finding]:
     if spec.model.random is not None:
         tokens, positions = spec.sampling.max_trajectory_tokens, spec.model.random.max_positions
         note = f"maxPositions is {positions}"
-        yield from _unless(tokens <= positions, "sampling.maxTrajectoryTokens", tokens, note)
+        yield from unless(tokens <= positions, "sampling.maxTrajectoryTokens", tokens, note)
 
 
 def _trajectory_fits_message(spec: RLJobSpec) -> Iterator[Finding]:
     needed, limit = largest_trajectory_bytes(spec.sampling), spec.messaging.max_payload_bytes
-    return _unless(needed <= limit, "messaging.maxPayloadBytes", limit, f"{needed} needed")
+    return unless(needed <= limit, "messaging.maxPayloadBytes", limit, f"{needed} needed")
 
 
 def _stream_holds_a_checkpoint_interval(spec: RLJobSpec) -> Iterator[Finding]:
     needed, limit = needed_stream_bytes(spec), spec.messaging.trajectory_stream_bytes
-    return _unless(needed <= limit, "messaging.trajectoryStreamBytes", limit, f"{needed} needed")
+    return unless(needed <= limit, "messaging.trajectoryStreamBytes", limit, f"{needed} needed")
 
 
 def _unscorable(name: str, field: str, neutral: object) -> Rule:
@@ -165,7 +131,7 @@ def _unscorable(name: str, field: str, neutral: object) -> Rule:
 
     def check(sampling: Sampling) -> Iterator[Finding]:
         value = getattr(sampling, name)
-        return _unless(value == neutral, field, value)
+        return unless(value == neutral, field, value)
 
     kebab = name.replace("_", "-")
     return Rule(f"sampling-{kebab}", "spec.sampling", "the trainer cannot score it", f"Leave {field} out.", check)
@@ -176,35 +142,35 @@ def _unscorable(name: str, field: str, neutral: object) -> Rule:
 
 def _mini_batches_hold_groups(training: Training) -> Iterator[Finding]:
     tasks = training.tasks_per_step
-    return _unless(training.mini_batches <= tasks, "miniBatches", training.mini_batches, f"tasksPerStep is {tasks}")
+    return unless(training.mini_batches <= tasks, "miniBatches", training.mini_batches, f"tasksPerStep is {tasks}")
 
 
 def _group_size_can_be_reached(spec: RLJobSpec) -> Iterator[Finding]:
     fewest, samples = spec.training.min_group_size, spec.sampling.samples_per_task
     holds = fewest is None or fewest <= samples
-    return _unless(holds, "training.minGroupSize", fewest, f"samplesPerTask is {samples}")
+    return unless(holds, "training.minGroupSize", fewest, f"samplesPerTask is {samples}")
 
 
 def _group_has_siblings(spec: RLJobSpec) -> Iterator[Finding]:
     estimator, samples = spec.training.advantage.estimator, spec.sampling.samples_per_task
-    return _unless(samples >= 2, "sampling.samplesPerTask", samples, f"estimator is {estimator}")
+    return unless(samples >= 2, "sampling.samplesPerTask", samples, f"estimator is {estimator}")
 
 
 def _resident_is_synchronous(spec: RLJobSpec) -> Iterator[Finding]:
     bound = spec.staleness.max_versions
     holds = spec.correction.old_logprobs is not OldLogprobs.RESIDENT or bound == 0
-    return _unless(holds, "correction.oldLogprobs", OldLogprobs.RESIDENT, f"staleness.maxVersions is {bound}")
+    return unless(holds, "correction.oldLogprobs", OldLogprobs.RESIDENT, f"staleness.maxVersions is {bound}")
 
 
 # ------------------------------------------------------------------------------------------------ pools and failures
 
 
 def _pool_name(pool: RolloutPool) -> Iterator[Finding]:
-    return _unless(_is_label(pool.name, POOL_NAME_CHARACTERS), "name", pool.name)
+    return unless(_is_label(pool.name, POOL_NAME_CHARACTERS), "name", pool.name)
 
 
 def _pool_name_is_free(pool: RolloutPool) -> Iterator[Finding]:
-    return _unless(pool.name != TRAINER, "name", pool.name)
+    return unless(pool.name != TRAINER, "name", pool.name)
 
 
 def _unique_pool_names(spec: RLJobSpec) -> Iterator[Finding]:
@@ -214,14 +180,14 @@ def _unique_pool_names(spec: RLJobSpec) -> Iterator[Finding]:
 
 def _minimum_is_within_replicas(pool: RolloutPool) -> Iterator[Finding]:
     holds = pool.replicas is None or pool.min_replicas <= pool.replicas
-    return _unless(holds, "minReplicas", pool.min_replicas, f"replicas is {pool.replicas}")
+    return unless(holds, "minReplicas", pool.min_replicas, f"replicas is {pool.replicas}")
 
 
 def _failure_rules_name_pools(spec: RLJobSpec) -> Iterator[Finding]:
     known = {TRAINER, *(pool.name for pool in spec.rollout_pools)}
     for index, rule in enumerate(spec.failure_policy.rules):
         for position, name in enumerate(rule.pools):
-            yield from _unless(name in known, f"failurePolicy.rules[{index}].pools[{position}]", name)
+            yield from unless(name in known, f"failurePolicy.rules[{index}].pools[{position}]", name)
 
 
 def _unique_failure_rule_names(policy: FailurePolicy) -> Iterator[Finding]:
@@ -230,12 +196,12 @@ def _unique_failure_rule_names(policy: FailurePolicy) -> Iterator[Finding]:
 
 
 def _failure_rule_has_a_criterion(rule: FailureRule) -> Iterator[Finding]:
-    return _unless(bool(rule.pools or rule.on_reasons or rule.on_pod_conditions), "", rule.name)
+    return unless(bool(rule.pools or rule.on_reasons or rule.on_pod_conditions), "", rule.name)
 
 
 def _credentials_have_a_server(messaging: Messaging) -> Iterator[Finding]:
     reference = messaging.credentials_secret_ref
-    return _unless(
+    return unless(
         reference is None or messaging.url is not None,
         "credentialsSecretRef",
         reference.model_dump() if reference else None,
@@ -394,14 +360,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "failure-rules-name-pools",
         _SPEC,
-        "is not a pool",
+        "names no pool of the job",
         f"Name `{TRAINER}` or a rollout pool.",
         _failure_rules_name_pools,
     ),
     Rule(
         "unique-failure-rule-names",
         "spec.failurePolicy",
-        "is the name of another rule",
+        "repeats the name of another rule",
         "Give each rule its own name.",
         _unique_failure_rule_names,
     ),

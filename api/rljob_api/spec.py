@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rljob_api.base import FrozenJson, FrozenJsonObject, FrozenModel, FrozenNumbers, FrozenObject, FrozenTexts
+from rljob_api.base import FrozenJsonObject, FrozenModel, FrozenNumbers, FrozenObject, FrozenTexts
+from rljob_api.enums import DocumentedEnum
+from rljob_api.extensions import LIST_MAP_BY_NAME
 from rljob_api.failure_policy import FailurePolicy
 from rljob_api.names import API_VERSION, KIND
 from rljob_api.pools import RolloutPool, TrainerPool
@@ -24,64 +26,72 @@ class ComputeType(StrEnum):
     BFLOAT16 = "BFloat16"
 
 
-class OnExceeded(StrEnum):
+class OnExceeded(DocumentedEnum):
     """What happens to tokens older than `staleness.maxVersions` when their batch is trained."""
 
-    MASK_TOKENS = "MaskTokens"
-    DROP_GROUP = "DropGroup"
-    WAIT = "Wait"
+    MASK_TOKENS = "MaskTokens", "Leave the tokens over the bound out of the loss; the rest of the trajectory trains."
+    DROP_GROUP = "DropGroup", "Drop the whole group of a token over the bound."
+    WAIT = "Wait", "Start a step only when no group can miss the bound: strict, and slower with heavy tails."
 
 
-class OldLogprobs(StrEnum):
+class OldLogprobs(DocumentedEnum):
     """Where old log-probabilities come from."""
 
-    RESIDENT = "Resident"  # only the version that the trainer holds; needs staleness.maxVersions 0
-    SNAPSHOT = "Snapshot"  # exact: reload the version that generated the token
-    CURRENT = "Current"  # baseline, the usual bug: the policy before this step's first update
-    ENGINE = "Engine"  # baseline: the behavior log-probability itself, no discrepancy correction
+    RESIDENT = "Resident", "Exact: the version that the trainer holds; needs staleness.maxVersions 0."
+    SNAPSHOT = "Snapshot", "Exact: reload the version that generated the token."
+    CURRENT = "Current", "Baseline, the usual bug: the policy before this step's first update."
+    ENGINE = "Engine", "Baseline: the behavior log-probability itself, without a discrepancy correction."
 
 
-class Fallback(StrEnum):
-    DROP = "Drop"
+class Fallback(DocumentedEnum):
+    DROP = "Drop", "Leave the token out of the loss, counted with its reason."
 
 
-class Granularity(StrEnum):
-    TOKEN = "Token"
-    SEGMENT = "Segment"
-    SEQUENCE = "Sequence"
+class Granularity(DocumentedEnum):
+    TOKEN = "Token", "The ratio of the token itself."
+    SEGMENT = "Segment", "The geometric mean over the tokens of one weight version."
+    SEQUENCE = "Sequence", "The geometric mean over the trajectory's model tokens."
 
 
-class DiscrepancyWeight(StrEnum):
-    NONE = "None"
-    TRUNCATED = "Truncated"
-    RAW = "Raw"
+class DiscrepancyWeight(DocumentedEnum):
+    NONE = "None", "Weight 1: the ratio only masks."
+    TRUNCATED = "Truncated", "The ratio, at most weightCap."
+    RAW = "Raw", "The ratio as it is."
 
 
-class AdvantageEstimator(StrEnum):
-    GRPO = "GRPO"  # reward minus the group's mean
-    RLOO = "RLOO"  # reward minus the mean of the group's other samples
+class AdvantageEstimator(DocumentedEnum):
+    GRPO = "GRPO", "Reward minus the group's mean."
+    RLOO = "RLOO", "Reward minus the mean of the group's other samples."
 
 
-class Credit(StrEnum):
-    TRAJECTORY = "Trajectory"  # one advantage on all model tokens of a trajectory
-    TURN = "Turn"  # turn j is compared with turn j of the group's other samples
+class Credit(DocumentedEnum):
+    TRAJECTORY = "Trajectory", "One advantage on all model tokens of a trajectory."
+    TURN = "Turn", "Turn j is compared with turn j of the group's other samples."
 
 
-class SyncMode(StrEnum):
-    INTERRUPT = "Interrupt"
+class SyncMode(DocumentedEnum):
+    INTERRUPT = "Interrupt", "Stop generation, keep the partial rollouts, change version, go on."
 
 
 # ---------------------------------------------------------------------------------------------------------- model
 
 
 class HuggingFaceModel(FrozenModel):
-    repo: str = Field(min_length=1, description="Repository on the Hugging Face hub, `organisation/name`.")
-    revision: str = Field(min_length=1, description="Commit or tag. Required, so that a restart trains the same model.")
+    repo: str = Field(
+        min_length=1, max_length=256, description="Repository on the Hugging Face hub, `organisation/name`."
+    )
+    revision: str = Field(
+        min_length=1,
+        max_length=256,
+        description="Commit or tag. Required, so that a restart trains the same model.",
+    )
 
 
 class ClaimModel(FrozenModel):
-    claim_name: str = Field(min_length=1, description="PersistentVolumeClaim that holds the model directory.")
-    path: str = Field(default="", description="Folder inside the volume; empty is its root.")
+    claim_name: str = Field(
+        min_length=1, max_length=253, description="PersistentVolumeClaim that holds the model directory."
+    )
+    path: str = Field(default="", max_length=4096, description="Folder inside the volume; empty is its root.")
 
 
 class RandomModel(FrozenModel):
@@ -116,9 +126,14 @@ class Model(FrozenModel):
     hugging_face: HuggingFaceModel | None = Field(default=None, description="Fetch from the Hugging Face hub.")
     persistent_volume_claim: ClaimModel | None = Field(default=None, description="Read from a PersistentVolumeClaim.")
     path: str | None = Field(
-        default=None, min_length=1, description="A model directory inside the trainer's container or machine."
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="A model directory inside the trainer's container or machine.",
     )
-    random: RandomModel | None = Field(default=None, description="Make a small random model.")
+    random: RandomModel | None = Field(
+        default=None, description="Make a small random model on the spot, with a character tokenizer: for tests."
+    )
 
 
 # ------------------------------------------------------------------------------------------- environment, sampling
@@ -131,7 +146,9 @@ class Environment(FrozenModel):
         min_length=1, max_length=63, description="`reasoning-gym`, or a built-in environment such as `digit-copy`."
     )
     parameters: FrozenJsonObject = Field(
-        default_factory=FrozenObject, description="Parameters of the environment, passed through as they are."
+        default_factory=FrozenObject,
+        max_length=256,
+        description="Parameters of the environment, passed through as they are.",
     )
     timeout_seconds: float = Field(
         default=60.0,
@@ -155,7 +172,7 @@ class Sampling(FrozenModel):
     """
 
     temperature: float = Field(default=1.0, gt=0, le=100, description="Softmax temperature; the loss uses the same.")
-    max_tokens: int = Field(default=256, ge=1, le=1 << 20, description="Longest model turn, in tokens.")
+    max_tokens: int = Field(default=256, ge=1, le=(1 << 20) - 1, description="Longest model turn, in tokens.")
     max_trajectory_tokens: int = Field(
         default=4096,
         ge=2,
@@ -174,9 +191,13 @@ class Sampling(FrozenModel):
     presence_penalty: float = Field(default=0.0, description="Must be 0.")
     frequency_penalty: float = Field(default=0.0, description="Must be 0.")
     min_tokens: int = Field(default=0, description="Must be 0.")
-    logit_bias: FrozenNumbers = Field(default_factory=FrozenObject, description="Must be empty.")
-    bad_words: tuple[str, ...] = Field(default=(), description="Must be empty.")
-    guided_decoding: FrozenJson = Field(default=None, description="Must be unset.")
+    logit_bias: FrozenNumbers = Field(default_factory=FrozenObject, max_length=1024, description="Must be empty.")
+    bad_words: tuple[Annotated[str, Field(max_length=256)], ...] = Field(
+        default=(), max_length=1024, description="Must be empty."
+    )
+    guided_decoding: FrozenJsonObject | None = Field(
+        default=None, description="Must be unset.", json_schema_extra={"maxProperties": 256}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ training, correction
@@ -187,7 +208,7 @@ class Advantage(FrozenModel):
         default=AdvantageEstimator.GRPO, description="Baseline that rewards are compared with."
     )
     normalize: bool = Field(default=True, description="Divide by the group's standard deviation (+ 1e-4).")
-    credit: Credit = Field(default=Credit.TRAJECTORY, description="One advantage a trajectory, or one a turn.")
+    credit: Credit = Field(default=Credit.TRAJECTORY, description="Which tokens share an advantage.")
 
 
 class Training(FrozenModel):
@@ -206,7 +227,13 @@ class Training(FrozenModel):
         default=1, ge=1, le=1024, description="Optimizer updates a pass over the batch; groups are never split."
     )
     epochs: int = Field(default=1, ge=1, le=64, description="Passes over the batch.")
-    compute_type: ComputeType = Field(default=ComputeType.BFLOAT16, description="Float32 or BFloat16.")
+    compute_type: ComputeType = Field(
+        default=ComputeType.BFLOAT16,
+        description=(
+            "Number format of the trainer's passes: Float32, or BFloat16 for half the memory and the speed of GPUs. "
+            "Master weights and optimizer state stay fp32."
+        ),
+    )
     tokens_per_micro_batch: int = Field(
         default=16384, ge=16, description="Padded tokens that one forward holds, a process."
     )
@@ -233,10 +260,7 @@ class Staleness(FrozenModel):
     )
     on_exceeded: OnExceeded = Field(
         default=OnExceeded.MASK_TOKENS,
-        description=(
-            "MaskTokens leaves tokens over the bound out of the loss; DropGroup drops their group; Wait paces "
-            "strictly and is slower with heavy tails."
-        ),
+        description="What happens to tokens over the bound.",
     )
 
 
@@ -249,7 +273,7 @@ class Discrepancy(FrozenModel):
     """Mask, and optionally weight, on the discrepancy ratio (old policy over behavior policy)."""
 
     granularity: Granularity = Field(
-        default=Granularity.TOKEN, description="Ratio of a token, or the geometric mean over a segment or a sequence."
+        default=Granularity.TOKEN, description="What the ratio that is masked and weighted is taken over."
     )
     low: float | None = Field(
         default=None, gt=0, le=1, description="Lower bound of the kept ratio; unset is 0.5 for Token, 0.999 otherwise."
@@ -258,7 +282,7 @@ class Discrepancy(FrozenModel):
         default=None, ge=1, description="Upper bound of the kept ratio; unset is 2.0 for Token, 1.001 otherwise."
     )
     weight: DiscrepancyWeight = Field(
-        default=DiscrepancyWeight.NONE, description="None, Truncated (at weightCap) or Raw."
+        default=DiscrepancyWeight.NONE, description="Weight of a token that the mask keeps."
     )
     weight_cap: float = Field(default=2.0, gt=0, description="Cap of the truncated weight.")
 
@@ -271,10 +295,7 @@ class Discrepancy(FrozenModel):
 class Correction(FrozenModel):
     old_logprobs: OldLogprobs = Field(
         default=OldLogprobs.SNAPSHOT,
-        description=(
-            "Snapshot is exact. Resident needs staleness.maxVersions 0. Current and Engine are baselines for "
-            "comparison."
-        ),
+        description="Where the log-probability comes from that a token had under the version that generated it.",
     )
     fallback: Fallback = Field(
         default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had."
@@ -286,7 +307,7 @@ class Correction(FrozenModel):
 class WeightSync(FrozenModel):
     mode: SyncMode = Field(
         default=SyncMode.INTERRUPT,
-        description="Interrupt: stop generation, keep the partial rollouts, change version, go on.",
+        description="How a worker goes from one version to the next.",
     )
     timeout_seconds: float = Field(
         default=120.0, gt=0, le=86400, description="A worker that has not converged by then is reported and restarted."
@@ -304,7 +325,9 @@ class WeightSync(FrozenModel):
 
 class ClaimStorage(FrozenModel):
     claim_name: str = Field(
-        min_length=1, description="PersistentVolumeClaim. `rljob run` uses a folder of the run instead."
+        min_length=1,
+        max_length=253,
+        description="Name of the PersistentVolumeClaim; `rljob run` uses a folder of the run instead.",
     )
 
 
@@ -312,7 +335,7 @@ class CheckpointStorage(FrozenModel):
     persistent_volume_claim: ClaimStorage | None = Field(
         default=None, description="Volume that checkpoints are kept on."
     )
-    every_steps: int = Field(default=20, ge=1, description="Steps between checkpoints.")
+    every_steps: int = Field(default=20, ge=1, le=10_000_000, description="Steps between checkpoints.")
     keep: int = Field(default=2, ge=1, le=1000, description="Checkpoints kept.")
 
 
@@ -339,13 +362,14 @@ class Storage(FrozenModel):
 
 
 class SecretReference(FrozenModel):
-    name: str = Field(min_length=1, description="Name of a Secret in the job's namespace.")
+    name: str = Field(min_length=1, max_length=253, description="Name of a Secret in the job's namespace.")
 
 
 class Messaging(FrozenModel):
     url: str | None = Field(
         default=None,
         min_length=1,
+        max_length=2048,
         description="NATS server; unset is the operator's own, or an embedded one with `rljob run`.",
     )
     credentials_secret_ref: SecretReference | None = Field(
@@ -357,6 +381,7 @@ class Messaging(FrozenModel):
     trajectory_stream_bytes: int = Field(
         default=1 << 30,
         ge=16 << 20,
+        le=1 << 50,
         description="Bound of the trajectory stream. At 70 % of it the trainer checkpoints and cuts it off.",
     )
 
@@ -392,7 +417,7 @@ class RLJobSpec(FrozenModel):
     messaging: Messaging = Field(default_factory=Messaging, description="The NATS server that the pods use.")
     trainer: TrainerPool = Field(default_factory=TrainerPool, description="The trainer pool (torchrun, FSDP2).")
     rollout_pools: Annotated[tuple[RolloutPool, ...], Field(min_length=1, max_length=16)] = Field(
-        description="Pools of rollout workers, by name."
+        description="Pools of rollout workers, by name.", json_schema_extra=LIST_MAP_BY_NAME
     )
     failure_policy: FailurePolicy = Field(
         default_factory=FailurePolicy, description="What failures do to the job; the first rule that matches wins."
@@ -409,7 +434,7 @@ class ObjectMeta(FrozenModel):
 
 
 class RLJob(FrozenModel):
-    """One asynchronous reinforcement-learning job."""
+    """One asynchronous reinforcement-learning job: a model, an environment, a trainer pool and rollout pools."""
 
     api_version: Literal["rljob.dev/v1alpha1"] = Field(default=API_VERSION, description="Version of this schema.")
     kind: Literal["RLJob"] = Field(default=KIND, description="Kind of the object.")

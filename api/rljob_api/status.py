@@ -12,13 +12,16 @@ from pydantic import ConfigDict, Field
 
 from rljob_api.base import FrozenModel
 from rljob_api.conditions import RFC3339_SECONDS, Condition
+from rljob_api.extensions import LIST_MAP_BY_NAME, LIST_MAP_BY_TYPE
 from rljob_api.spec import OldLogprobs
 
 MAX_LAGGARDS = 10
+MAX_SERVING_VERSIONS = 256
+"""Newest versions that a status lists; a pod below them is a laggard, named as such."""
 
 Time = Annotated[str, Field(pattern=RFC3339_SECONDS)]
 """RFC 3339, UTC, whole seconds."""
-Decimal = Annotated[str, Field(pattern=r"^-?\d+(\.\d+)?$")]
+Decimal = Annotated[str, Field(pattern=r"^-?\d+(\.\d+)?$", max_length=32)]
 """A number with a fraction: the API conventions of Kubernetes refuse floats, which do not survive a round trip."""
 Count = Annotated[int, Field(ge=0)]
 Percent = Annotated[int, Field(ge=0, le=100)]
@@ -44,14 +47,14 @@ class WeightStatus(StatusPart):
     desired: Count | None = Field(default=None, description="Version that the coordinator ordered.")
     converged_pods: Count = Field(default=0, description="Rollout pods that serve the desired version.")
     serving_versions: tuple[ServingVersion, ...] = Field(
-        default=(), description="Pods by served version, newest first."
+        default=(), max_length=MAX_SERVING_VERSIONS, description="Pods by served version, newest first."
     )
 
 
 class StalenessStatus(StatusPart):
     p50: Count = Field(default=0, description="Median staleness of the tokens trained in the last step, in versions.")
-    p95: Count = Field(default=0, description="95th percentile.")
-    max: Count = Field(default=0, description="Largest.")
+    p95: Count = Field(default=0, description="Their 95th percentile.")
+    max: Count = Field(default=0, description="The largest.")
 
 
 class TokenCounts(StatusPart):
@@ -75,11 +78,11 @@ class ThroughputStatus(StatusPart):
 
 
 class PoolStatus(StatusPart):
-    name: str = Field(description="Name of the pool.")
+    name: str = Field(max_length=63, description="Name of the pool.")
     desired: Count = Field(default=0, description="Workers asked for.")
     ready: Count = Field(default=0, description="Workers that serve a version within the bound.")
     restarts: Count = Field(default=0, description="Container restarts of the pool.")
-    laggards: tuple[str, ...] = Field(
+    laggards: tuple[Annotated[str, Field(max_length=253)], ...] = Field(
         default=(), max_length=MAX_LAGGARDS, description="Up to ten pods that have not converged in time."
     )
 
@@ -87,21 +90,21 @@ class PoolStatus(StatusPart):
 class CheckpointStatus(StatusPart):
     version: Count = Field(description="Weight version that was saved.")
     step: Count = Field(description="Steps trained by then.")
-    uri: str = Field(min_length=1, description="Where it is: `pvc://CLAIM/FOLDER`.")
+    uri: str = Field(min_length=1, max_length=4096, description="Where it is: `pvc://CLAIM/FOLDER`.")
 
 
 class FinalModelStatus(StatusPart):
     version: Count = Field(description="Weight version of the final model.")
-    uri: str = Field(min_length=1, description="Where the user's model is.")
+    uri: str = Field(min_length=1, max_length=4096, description="Where the user's model is.")
 
 
 class ColumnStatus(StatusPart):
     """Texts for kubectl's columns: a JSON path cannot join numbers."""
 
-    converged: str = Field(default="", description="Converged of all rollout pods: `1/2`.")
-    staleness: str = Field(default="", description="p50/p95/max: `1/3/4`.")
-    rollouts: str = Field(default="", description="Ready of desired rollout pods: `2/2`.")
-    trainer: str = Field(default="", description="Ready of desired trainer pods: `1/1`.")
+    converged: str = Field(default="", max_length=64, description="Converged of all rollout pods: `1/2`.")
+    staleness: str = Field(default="", max_length=64, description="p50/p95/max: `1/3/4`.")
+    rollouts: str = Field(default="", max_length=64, description="Ready of desired rollout pods: `2/2`.")
+    trainer: str = Field(default="", max_length=64, description="Ready of desired trainer pods: `1/1`.")
 
 
 class RLJobStatus(StatusPart):
@@ -109,15 +112,21 @@ class RLJobStatus(StatusPart):
     start_time: Time | None = Field(default=None, description="When the running time began to count; anew on resume.")
     completion_time: Time | None = Field(default=None, description="When the job succeeded or failed.")
     attempt: Count = Field(default=0, description="Attempt of the whole gang; written before it is acted on.")
-    runtime_image: str | None = Field(default=None, description="Image of the runtime pods, pinned at the first start.")
+    runtime_image: str | None = Field(
+        default=None, max_length=1024, description="Image of the runtime pods, pinned at the first start."
+    )
     restarts: RestartStatus = Field(default_factory=RestartStatus, description="Restarts so far.")
     step: Count = Field(default=0, description="Steps trained.")
     weights: WeightStatus = Field(default_factory=WeightStatus, description="Versions trained, ordered and served.")
     staleness: StalenessStatus = Field(default_factory=StalenessStatus, description="How old the trained tokens are.")
     correction: CorrectionStatus = Field(default_factory=CorrectionStatus, description="Old log-probabilities.")
     throughput: ThroughputStatus = Field(default_factory=ThroughputStatus, description="How fast, and who waits.")
-    pools: tuple[PoolStatus, ...] = Field(default=(), description="Rollout pools.")
+    pools: tuple[PoolStatus, ...] = Field(
+        default=(), max_length=16, description="Rollout pools.", json_schema_extra=LIST_MAP_BY_NAME
+    )
     checkpoint: CheckpointStatus | None = Field(default=None, description="The last checkpoint.")
     final_model: FinalModelStatus | None = Field(default=None, description="The result, once the job succeeded.")
     columns: ColumnStatus = Field(default_factory=ColumnStatus, description="Texts for kubectl's columns.")
-    conditions: tuple[Condition, ...] = Field(default=(), description="Conditions, by type.")
+    conditions: tuple[Condition, ...] = Field(
+        default=(), max_length=32, description="Conditions, by type.", json_schema_extra=LIST_MAP_BY_TYPE
+    )

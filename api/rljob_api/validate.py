@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from rljob_api.cluster_rules import CLUSTER_RULES
-from rljob_api.documents import as_sent, partial_model
+from rljob_api.documents import as_sent, partial_model, without_nulls
 from rljob_api.errors import SpecError, Violation
-from rljob_api.rules import RULES, Finding, Rule
+from rljob_api.rule import Finding, Rule
+from rljob_api.rules import RULES
 from rljob_api.schema import field_of, is_given, joined, places, shown
 from rljob_api.schema_errors import distinct_errors, schema_violation
 from rljob_api.spec import RLJob
@@ -62,6 +63,12 @@ def cluster_violations(job: RLJob) -> tuple[Violation, ...]:
     return tuple(_broken(CLUSTER_RULES, job, document, is_whole=True))
 
 
+def violations_on_cluster(document: object) -> tuple[Violation, ...]:
+    """Every reason why a document is refused on a cluster: by the apiserver, or by the operator that reads it."""
+    violations, job = _judge(document)
+    return violations if violations or job is None else cluster_violations(job)
+
+
 def ignored_locally(job: RLJob) -> tuple[str, ...]:
     """Paths of the fields that are set to something and mean nothing to `rljob run`."""
     ignored = []
@@ -78,6 +85,7 @@ def ignored_locally(job: RLJob) -> tuple[str, ...]:
 
 def _judge(document: object) -> tuple[tuple[Violation, ...], RLJob | None]:
     sent, violations = as_sent(document)
+    sent = without_nulls(RLJob, sent)
     try:
         job = RLJob.model_validate_json(json.dumps(sent), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:

@@ -79,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
 
     validate = commands.add_parser("validate", help="say whether an RLJob is valid, and every reason why not")
     validate.add_argument("file", type=Path, help="the RLJob (YAML or JSON)")
+    validate.add_argument("--cluster", action="store_true", help="judge as a cluster does, not as `rljob run`")
     validate.set_defaults(action=_validate)
+
+    crd = commands.add_parser("crd", help="print the CustomResourceDefinition, for `kubectl apply -f -`")
+    crd.set_defaults(action=_crd)
 
     verify = commands.add_parser(
         "verify", help="re-score a run's record independently and check that no token is missing"
@@ -120,7 +124,13 @@ def _run(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     from rljob.validate_command import validate
 
-    return validate(options.file, sys.stdout)
+    return validate(options.file, sys.stdout, on_cluster=options.cluster)
+
+
+def _crd(_: argparse.Namespace) -> int:
+    from rljob.crd_command import print_crd
+
+    return print_crd(sys.stdout)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -20,18 +20,18 @@ MINIMAL: dict[str, Any] = {
 REMOVE = object()
 
 
-def changed(changes: dict[str, Any]) -> dict[str, Any]:
+def changed(*changes: dict[str, Any]) -> dict[str, Any]:
     """The minimal document with values set at (or, with REMOVE, taken from) dotted paths; missing objects are made."""
     document = copy.deepcopy(MINIMAL)
-    for path, value in changes.items():
+    for path, value in [item for each in changes for item in each.items()]:
         *parents, last = path.split(".")
         target: Any = document
         for part in parents:
             target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
         if value is REMOVE:
-            del target[last]
+            del target[int(last) if isinstance(target, list) else last]
         elif isinstance(target, list):
-            target[int(last)] = value
+            target[int(last)] = copy.deepcopy(value)
         else:
-            target[last] = value
+            target[last] = copy.deepcopy(value)
     return document

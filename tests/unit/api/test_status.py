@@ -141,5 +141,5 @@ def test_known_types_and_reasons_come_back_as_constants() -> None:
 @pytest.mark.parametrize("constant", [*ConditionType, *Reason])
 def test_every_constant_is_one_word_that_kubernetes_takes_and_says_when_it_is_used(constant: Any) -> None:
     assert re.fullmatch(r"[A-Z][A-Za-z]*", constant.value)
-    assert constant.used_when.endswith((".", "final."))
+    assert constant.meaning.endswith((".", "final."))
     assert constant.value.upper() == constant.name.replace("_", "")

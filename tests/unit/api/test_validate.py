@@ -15,7 +15,7 @@ from tests.unit.api.documents import MINIMAL, REMOVE, changed
 from rljob_api.errors import SpecError, Violation
 from rljob_api.schema import is_given, loc_of, path_of, shown
 from rljob_api.spec import RLJob
-from rljob_api.validate import ignored_locally, parse_job, violations_of
+from rljob_api.validate import ignored_locally, parse_job, violations_of, violations_on_cluster
 
 NUMBER = "Write a number without quotes."
 WHOLE = "Write a whole number without quotes."
@@ -341,3 +341,33 @@ def test_a_job_survives_json_and_the_strict_reader_takes_what_it_wrote(
     assert RLJob.model_validate_json(text) == job
     assert TypeAdapter(RLJob).validate_python(job.model_dump()) == job
     assert parse_job(json.loads(text)) == job
+
+
+# ------------------------------------------------------------------------------------- the verdict of the apiserver
+
+
+def test_a_null_is_a_field_left_out_as_the_apiserver_takes_it() -> None:
+    nulls = changed({"spec.suspend": None, "spec.sampling": None, "spec.training.seed": None, "spec.trainer": {}})
+    assert parse_job(nulls) == parse_job(MINIMAL | {"spec": MINIMAL["spec"] | {"trainer": {}}})
+    assert ignored_locally(parse_job(nulls)) == ()
+
+
+def test_a_null_does_not_stand_in_for_a_required_field_an_item_or_an_unknown_field() -> None:
+    document = changed({"spec.training.steps": None, "spec.rolloutPools": [None], "spec.speed": None})
+    assert [(v.path, v.reason) for v in violations_of(document)] == [
+        ("spec.training.steps", "is required"),
+        ("spec.rolloutPools[0]", "must be an object"),
+        ("spec.speed", "is not a known field"),
+    ]
+
+
+def test_a_null_inside_free_json_is_a_value() -> None:
+    job = parse_job(changed({"spec.environment.parameters": {"limit": None}}))
+    assert job.spec.environment.parameters == {"limit": None}
+
+
+def test_a_cluster_judges_what_this_machine_would_run() -> None:
+    assert violations_of(MINIMAL) == ()
+    assert [v.path for v in violations_on_cluster(MINIMAL)] == ["spec.storage.checkpoint.persistentVolumeClaim"]
+    assert violations_on_cluster(changed({"spec.failurePolicy.maxRestarts": 0})) == ()
+    assert [v.path for v in violations_on_cluster(changed({"spec.training.steps": 0}))] == ["spec.training.steps"]

@@ -75,3 +75,18 @@ def test_the_quickstart_is_the_job_that_the_documents_speak_of() -> None:
 def test_a_small_learning_rate_of_an_example_is_a_number() -> None:
     smollm2 = {path.stem: path for path in EXAMPLES}["smollm2"]
     assert parse_job(load_document(smollm2)).spec.training.learning_rate == 1e-6
+
+
+def test_a_cluster_asks_for_more_than_one_machine(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(MINIMAL))
+    out = io.StringIO()
+    assert validate(path, out, on_cluster=True) == 2
+    assert out.getvalue() == (
+        "spec.storage.checkpoint.persistentVolumeClaim: is required while failurePolicy.maxRestarts is above 0: a new "
+        "trainer pod finds no checkpoint of the old one (got nothing; failurePolicy.maxRestarts is 3). Name a claim, or "
+        "set failurePolicy.maxRestarts to 0.\n"
+    )
+    path.write_text(json.dumps(changed({"spec.failurePolicy.maxRestarts": 0, "spec.suspend": True})))
+    out = io.StringIO()
+    assert (validate(path, out, on_cluster=True), out.getvalue()) == (0, f"{path}: valid on a cluster\n")
