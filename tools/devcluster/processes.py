@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+from tools.devcluster.commands import wait_until
 from tools.devcluster.errors import DevClusterError
 from tools.devcluster.layout import Layout
 
@@ -55,29 +56,38 @@ def start(layout: Layout, name: str, command: Sequence[str | Path]) -> Process:
     layout.processes.mkdir(parents=True, exist_ok=True)
     layout.logs.mkdir(parents=True, exist_ok=True)
     record = layout.processes / name
+    record.unlink(missing_ok=True)
+    environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(layout.state)}
+    with (layout.logs / f"{name}.log").open("ab") as log:
+        if os.fork() == 0:
+            _become([str(word) for word in command], environment, log.fileno(), record)
+    wait_until(f"the record of {name} in {layout.processes}", record.exists, timeout_seconds=10, every_seconds=0.002)
+    process = recorded(layout, name)
+    assert process is not None, f"{record} is renamed into place and whole"
+    return process
 
-    def record_this_process() -> None:
-        # In the child, before the program: if we are killed right now, `down` still finds it. The program that it
-        # becomes (exec, nsenter, unshare without fork) keeps pid and start time.
+
+def _become(words: list[str], environment: dict[str, str], log: int, record: Path) -> NoReturn:
+    """In the child: leave a record, then turn into the program, which keeps pid and start time.
+
+    The child records itself, so that there is no moment at which a starter that is killed leaves an unknown process.
+    """
+    try:
+        os.setsid()
+        os.chdir(environment["HOME"])
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}\n")
-
-    with (layout.logs / f"{name}.log").open("ab") as log:
-        subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd=layout.state,
-            preexec_fn=record_this_process,
-            env={"PATH": os.environ.get("PATH", ""), "HOME": str(layout.state)},
-        )
-    found = recorded(layout, name)
-    if found is None:
-        raise DevClusterError(f"{name} was started and left no record in {layout.processes}: the folder was removed.")
-    return found
+        partial = record.with_name(f".{record.name}")
+        partial.write_text(f"{os.getpid()} {start_ticks(os.getpid())}\n")
+        partial.rename(record)
+        os.execvpe(words[0], words, environment)
+    except BaseException as error:
+        os.write(2, f"{words[0]} could not be started: {error}\n".encode())
+    finally:
+        os._exit(127)
 
 
 def recorded(layout: Layout, name: str) -> Process | None:
@@ -91,7 +101,7 @@ def recorded(layout: Layout, name: str) -> Process | None:
 def all_recorded(layout: Layout) -> tuple[Process, ...]:
     if not layout.processes.is_dir():
         return ()
-    found = (recorded(layout, path.name) for path in sorted(layout.processes.iterdir()))
+    found = (recorded(layout, path.name) for path in sorted(layout.processes.glob("[!.]*")))
     return tuple(process for process in found if process is not None)
 
 

@@ -137,7 +137,20 @@ def compile_bytecode(environment: Environment, bytecode: Path) -> None:
     skipped = r"/(test|tests|idlelib|lib2to3/tests|site-packages/.*/templates)/"
     if environment.standard_library in environment.site_packages.parents:
         folders = folders[:1]
-    command = [sys.executable, "-m", "compileall", "-q", "-q", "-j", str(os.cpu_count() or 1), "-x", skipped, *folders]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "compileall",
+        "-q",
+        "-q",
+        "-j",
+        str(os.cpu_count() or 1),
+        "-x",
+        skipped,
+        *folders,
+    ]
     settings = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode)}
     settings.pop("PYTHONDONTWRITEBYTECODE", None)
     # Some packages ship files that are no Python: its exit code says so, and that is no reason to stop.
