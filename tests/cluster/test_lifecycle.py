@@ -80,7 +80,7 @@ def test_a_second_up_keeps_the_cluster_and_adds_a_node(layout: Layout) -> None:
     run("up", "--nodes", "2")
     second = {process.name: process for process in processes.all_recorded(layout)}
     assert first.items() <= second.items()
-    assert {name for name in second.keys() - first.keys()} == {"containerd-1", "kubelet-1", "mounts-1", "proxy-1"}
+    assert second.keys() - first.keys() == {"containerd-1", "kubelet-1", "mounts-1", "proxy-1"}
 
 
 def test_a_start_that_was_killed_leaves_nothing_that_down_does_not_find(layout: Layout) -> None:
