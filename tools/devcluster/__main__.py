@@ -1,15 +1,17 @@
-"""`python -m tools.devcluster up|down|status|exec -- COMMAND`."""
+"""`python -m tools.devcluster up|down|status|images FILE|exec -- COMMAND`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
-from tools.devcluster import binaries, cluster, images, network, processes, teardown
+from tools.devcluster import base_images, binaries, cluster, debian, images, locks, network, processes, teardown
 from tools.devcluster.cluster import Record
 from tools.devcluster.errors import DevClusterError
 from tools.devcluster.layout import Layout
+from tools.devcluster.python_files import Environment
 
 
 def main() -> int:
@@ -23,6 +25,8 @@ def main() -> int:
                 return _down(layout)
             case "status":
                 return _status(layout)
+            case "images":
+                return _images(layout, arguments.archive)
             case _:
                 return _exec(layout, arguments.words)
     except DevClusterError as error:
@@ -39,7 +43,7 @@ def _up(layout: Layout, num_nodes: int) -> int:
 
 
 def _down(layout: Layout) -> int:
-    with cluster.locked(layout):
+    with locks.of_cluster(layout):
         left = teardown.down(layout)
     _say(f"cluster {layout.name} is down; left: {left}")
     return 0 if left.is_nothing() else 1
@@ -53,10 +57,17 @@ def _status(layout: Layout) -> int:
     for process in processes.all_recorded(layout):
         print(f"{process.name:20} {'running' if process.is_alive() else 'ended':8} pid {process.pid}")
     print(f"nodes: {record.num_nodes}")
-    print(f"images: {', '.join((images.RUNTIME, images.OPERATOR, images.NATS, images.BUSYBOX))}")
+    print(f"images: {', '.join((images.RUNTIME, images.OPERATOR, base_images.NATS, base_images.BUSYBOX))}")
     print(f"logs: {layout.logs}")
     print(f"kubeconfig: {layout.kubeconfig}")
     return 0 if all(process.is_alive() for process in processes.all_recorded(layout)) else 1
+
+
+def _images(layout: Layout, archive: Path) -> int:
+    debian.install_packages()
+    images.export(Environment.of_this_interpreter(), layout.cache / "bytecode", archive.absolute())
+    _say(f"wrote {archive} ({archive.stat().st_size / 1e9:.1f} GB)")
+    return 0
 
 
 def _exec(layout: Layout, words: list[str]) -> int:
@@ -90,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, default=1, help="at least so many nodes (default 1)")
     commands.add_parser("down", help="take it away and count what is left")
     commands.add_parser("status", help="what runs, and where things are")
+    export = commands.add_parser("images", help="write all images into an OCI archive, to load into another cluster")
+    export.add_argument("archive", type=Path)
     execute = commands.add_parser(
         "exec", help="run a command in the cluster's network, with its kubeconfig and kubectl"
     )

@@ -7,16 +7,15 @@ one that is not, because a start was cut off, a process died or pins changed, is
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tools.devcluster import (
+    base_images,
     binaries,
     certificates,
     containerd,
@@ -25,6 +24,7 @@ from tools.devcluster import (
     dns,
     images,
     kubelet,
+    locks,
     mounts,
     network,
     objects,
@@ -40,7 +40,6 @@ from tools.devcluster.layout import MAX_NODES, Layout, Node
 from tools.devcluster.oci import Image, write_archive
 from tools.devcluster.python_files import Environment
 
-_LOCK_TIMEOUT_SECONDS = 1800
 Say = Callable[[str], None]
 
 
@@ -89,7 +88,7 @@ def up(layout: Layout, num_nodes: int, say: Say) -> None:
     if not 1 <= num_nodes <= MAX_NODES:
         raise DevClusterError(f"{num_nodes} nodes: between 1 and {MAX_NODES} can be had.")
     check_machine()
-    with locked(layout):
+    with locks.of_cluster(layout):
         parts = prepare(layout, say)
         record = Record.read(layout)
         if record is None or not _is_intact(parts, record):
@@ -128,24 +127,6 @@ def check_machine() -> None:
         raise DevClusterError(f"no cgroups under {mounts.CGROUPS}: the kubelet needs them.")
 
 
-@contextmanager
-def locked(layout: Layout) -> Iterator[None]:
-    """One `up` or `down` at a time for a cluster."""
-    layout.lock.parent.mkdir(parents=True, exist_ok=True)
-    with layout.lock.open("w") as lock:
-
-        def acquired() -> bool:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
-
-        what = f"another `up` or `down` of cluster {layout.name} to end"
-        wait_until(what, acquired, timeout_seconds=_LOCK_TIMEOUT_SECONDS)
-        yield
-
-
 def _is_intact(parts: Parts, record: Record) -> bool:
     recorded = processes.all_recorded(parts.layout)
     return record.made_from == parts.made_from and bool(recorded) and all(process.is_alive() for process in recorded)
@@ -165,7 +146,7 @@ def _start(parts: Parts, record: Record | None, num_nodes: int, say: Say) -> Non
         _make_namespaces(parts, node, now)
     control_plane.start_api_server(layout, parts.binaries)
     for node in new:
-        containerd.start(node, parts.programs, images.PAUSE)
+        containerd.start(node, parts.programs, base_images.PAUSE)
     for node in [*old, *new]:
         if node in new or record is None or record.project_layer != project_layer:
             _import_project(parts, node, project_images)

@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.devcluster import containerd, images, processes
+from tools.devcluster import base_images, containerd, processes
 from tools.devcluster.commands import run
 from tools.devcluster.layout import Layout, Node
 from tools.devcluster.mounts import Mount
@@ -60,7 +60,7 @@ class ImageStore:
 
 def open_or_build(layout: Layout, environment: Environment, programs: Path) -> ImageStore:
     """The store of this environment; building it takes minutes once, and stores that no cluster uses are removed."""
-    key = images.base_key(environment)
+    key = base_images.base_key(environment)
     root = layout.cache / "images" / key
     if not root.is_dir():
         _build(layout, root, environment, programs)
@@ -74,10 +74,10 @@ def _build(layout: Layout, root: Path, environment: Environment, programs: Path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     layers = partial / "layers"
-    base = images.build_base(environment, layers, layout.cache / "bytecode")
+    base = base_images.build_base(environment, layers, layout.cache / "bytecode")
     _unpack(layout, partial, programs, base)
     shutil.rmtree(layers)
-    (python,) = (image for image in base if image.name == images.PYTHON_BASE)
+    (python,) = (image for image in base if image.name == base_images.PYTHON_BASE)
     described = [{"digest": layer.digest, "num_bytes": layer.num_bytes} for layer in python.layers]
     (partial / "python-layers.json").write_text(json.dumps(described))
     partial.rename(root)
@@ -88,7 +88,7 @@ def _unpack(layout: Layout, root: Path, programs: Path, base: tuple[Image, ...])
     state.mkdir(parents=True, exist_ok=True)
     socket = state / "c.sock"
     config = state / "containerd.toml"
-    config.write_text(containerd.configuration(root, state, socket, images.PAUSE))
+    config.write_text(containerd.configuration(root, state, socket, base_images.PAUSE))
     # A mount namespace of its own: what unpacking mounts goes away with the process.
     separate: list[str | Path] = ["unshare", "--mount", "--propagation", "private"]
     process = processes.start(layout, _PROCESS, [*separate, programs / "containerd", "--config", config])

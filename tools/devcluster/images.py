@@ -1,79 +1,35 @@
-"""The images pods run, made here and put into containerd without a registry.
+"""The images of this checkout, on the base images' layers, without a registry.
 
-    localhost/pause:dev          what holds a pod's network namespace
-    localhost/busybox:dev
-    localhost/nats:dev           the nats-server of the installed environment
-    localhost/rljob-runtime:dev  the interpreter, the installed environment (with torch and vLLM), the project
-    localhost/rljob-operator:dev the same layers, another entry point
+    localhost/rljob-runtime:dev   entry point `rljob`
+    localhost/rljob-operator:dev  the same layers, entry point `rljob operator`
 
-All but the project's own layer change only with the environment: they are the base, unpacked once into an image store
-(image_store.py). The project's layer is made at each `up` and imported into the running nodes.
+The base is unpacked once into an image store (image_store.py). The project's layer is made at each `up` and imported
+into the running nodes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 
-from tools.devcluster import python_files, system_files
+from tools.devcluster import python_files
+from tools.devcluster.base_images import PYTHON_BASE, PYTHON_ENVIRONMENT, build_base
 from tools.devcluster.layout import REPOSITORY
-from tools.devcluster.oci import File, Folder, Image, Layer, write_layer
+from tools.devcluster.oci import Image, Layer, write_archive, write_layer
 from tools.devcluster.python_files import ENVIRONMENT_PREFIX, Environment
 
-PAUSE = "localhost/pause:dev"
-BUSYBOX = "localhost/busybox:dev"
-NATS = "localhost/nats:dev"
-PYTHON_BASE = "localhost/rljob-base:dev"
 RUNTIME = "localhost/rljob-runtime:dev"
 OPERATOR = "localhost/rljob-operator:dev"
 
-_PATH = {"PATH": "/bin:/usr/bin"}
-_PYTHON_ENVIRONMENT = {
-    "PATH": f"{ENVIRONMENT_PREFIX}/bin:/usr/local/bin:/usr/bin:/bin",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-    # As in the Makefile: one thread a process on CPUs, nothing fetched at run time.
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
 
-
-def base_key(environment: Environment) -> str:
-    """What the base images are made from: the environment, busybox, and the recipe (these modules)."""
-    digest = hashlib.sha256(environment.key().encode())
-    for module in (__file__, python_files.__file__, system_files.__file__):
-        digest.update(Path(module).read_bytes())
-    digest.update(system_files.BUSYBOX.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def build_base(environment: Environment, layers: Path, bytecode: Path) -> tuple[Image, ...]:
-    """Write the base layers into the folder `layers` (minutes when nothing is compiled yet)."""
-    python_files.compile_bytecode(environment, bytecode)
-    etc, busybox = system_files.etc(), system_files.busybox()
-    shell = write_layer({**etc, **busybox}, layers / "busybox.tar")
-    server = environment.prefix / "bin" / "nats-server"
-    nats = write_layer(
-        {**etc, "/bin/nats-server": File(server.resolve()), "/data": Folder(0o1777)}, layers / "nats.tar"
-    )
-    own = (environment.prefix, environment.base_prefix)
-    libraries = system_files.libraries(environment.extension_modules(), own)
-    python = (
-        shell,
-        write_layer(libraries, layers / "libraries.tar"),
-        write_layer(python_files.interpreter(environment, bytecode), layers / "interpreter.tar"),
-        write_layer(python_files.packages(environment, bytecode), layers / "packages.tar"),
-    )
-    return (
-        # Sleeping is all it does; containerd ends it with SIGKILL.
-        Image(PAUSE, (shell,), ("/bin/sleep", "2147483647"), _PATH),
-        Image(BUSYBOX, (shell,), ("/bin/sh",), _PATH),
-        Image(NATS, (nats,), ("/bin/nats-server",), _PATH),
-        Image(PYTHON_BASE, python, (f"{ENVIRONMENT_PREFIX}/bin/python",), _PYTHON_ENVIRONMENT),
-    )
+def export(environment: Environment, bytecode: Path, archive: Path) -> None:
+    """Write all images, whole, into one OCI archive for another cluster; about 6 GB with torch and vLLM."""
+    with tempfile.TemporaryDirectory(dir=archive.parent) as work:
+        base = build_base(environment, Path(work), bytecode)
+        (python,) = (image for image in base if image.name == PYTHON_BASE)
+        project = build_project(environment, python.layers, Path(work))
+        with archive.open("wb") as out:
+            write_archive([*base, *project], out)
 
 
 def build_project(environment: Environment, base: tuple[Layer, ...], folder: Path) -> tuple[Image, Image]:
@@ -83,6 +39,6 @@ def build_project(environment: Environment, base: tuple[Layer, ...], folder: Pat
     project = write_layer(entries, folder / "project.tar")
     command = f"{ENVIRONMENT_PREFIX}/bin/rljob"
     return (
-        Image(RUNTIME, (*base, project), (command,), _PYTHON_ENVIRONMENT),
-        Image(OPERATOR, (*base, project), (command, "operator"), _PYTHON_ENVIRONMENT),
+        Image(RUNTIME, (*base, project), (command,), PYTHON_ENVIRONMENT),
+        Image(OPERATOR, (*base, project), (command, "operator"), PYTHON_ENVIRONMENT),
     )

@@ -28,6 +28,8 @@ GATEWAY_ADDRESS = "172.30.0.1"  # nobody has it: no packet leaves a cluster
 API_SERVER = f"https://{API_ADDRESS}:6443"
 GPUS_PER_NODE = 8
 MAX_NODES = 4
+NAMESPACES = Path("/run/netns")
+PREFIX = "rljob-"
 
 # The longest path of a socket that containerd makes under a node's folder must fit into sockaddr_un.
 _LONGEST_SOCKET = "node-0/containerd.sock.ttrpc"
@@ -106,7 +108,7 @@ class Layout:
     @property
     def prefix(self) -> str:
         """Names of network namespaces and cgroups begin with it."""
-        return f"rljob-{self.name}-"
+        return f"{PREFIX}{self.name}-"
 
     def node(self, index: int) -> Node:
         return Node(self, index)
@@ -137,7 +139,7 @@ class Node:
 
     @property
     def network_namespace_path(self) -> Path:
-        return Path("/run/netns") / self.network_namespace
+        return NAMESPACES / self.network_namespace
 
     @property
     def cgroup(self) -> str:

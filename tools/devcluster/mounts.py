@@ -11,11 +11,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.devcluster import processes
+from tools.devcluster import locks, processes
 from tools.devcluster.commands import wait_until
 from tools.devcluster.errors import DevClusterError
 from tools.devcluster.layout import Layout, Node
-from tools.devcluster.network import inside
+from tools.devcluster.network import any_cluster_exists, inside
 
 CGROUPS = Path("/sys/fs/cgroup")
 _FIXED_PATHS = (Path("/var/lib/kubelet"), Path("/var/lib/cni"), Path("/run/containerd"))
@@ -39,7 +39,13 @@ class Mount:
 
 def create(node: Node, further: tuple[Mount, ...]) -> None:
     """Start the holder of the node's mount namespace, with the fixed paths, the sysctls and `further` mounted."""
-    mounts = [*_fixed_mounts(node), *_sysctl_mounts(node), *further]
+    with locks.of_fixed_paths():
+        _start_holder(node, [*_fixed_mounts(node), *_sysctl_mounts(node), *further])
+    for hierarchy in hierarchies():
+        (hierarchy / node.cgroup.lstrip("/")).mkdir(exist_ok=True)
+
+
+def _start_holder(node: Node, mounts: list[Mount]) -> None:
     ready = node.folder / "mounted"
     script = " && ".join(
         [*(mount.command() for mount in mounts), f"touch {shlex.quote(str(ready))}", "exec sleep infinity"]
@@ -56,8 +62,6 @@ def create(node: Node, further: tuple[Mount, ...]) -> None:
     if not ready.exists():
         said = processes.log_tail(node.layout, holder.name)
         raise DevClusterError(f"the mounts of {node.name} failed: {said}. Root with CAP_SYS_ADMIN is needed.")
-    for hierarchy in hierarchies():
-        (hierarchy / node.cgroup.lstrip("/")).mkdir(exist_ok=True)
 
 
 def inside_node(node: Node) -> tuple[str | Path, ...]:
@@ -79,13 +83,35 @@ def cgroups(layout: Layout) -> tuple[Path, ...]:
     return tuple(path for hierarchy in hierarchies() for path in sorted(hierarchy.glob(f"{layout.prefix}[0-9]")))
 
 
+def cgroups_of(node: Node) -> tuple[Path, ...]:
+    return tuple(path for path in cgroups(node.layout) if path.name == node.cgroup.lstrip("/"))
+
+
+def kill_in(folders: tuple[Path, ...]) -> bool:
+    """SIGKILL all processes in these cgroups, which only a kubelet fills; True when there was none."""
+    pids: set[int] = set()
+    for folder in folders:
+        for path in folder.rglob("cgroup.procs"):
+            try:
+                pids.update(map(int, path.read_text().split()))
+            except OSError:  # removed meanwhile
+                continue
+    found = [(pid, processes.start_ticks(pid)) for pid in pids]
+    alive = [processes.Process(f"container-{pid}", pid, ticks) for pid, ticks in found if ticks is not None]
+    processes.stop(alive, patience_seconds=0)
+    return not alive
+
+
 def remove_fixed_paths() -> None:
-    """The empty folders that the bind mounts needed; those in use by something else are not empty and stay."""
-    for path in _FIXED_PATHS:
-        try:
-            path.rmdir()
-        except OSError:
-            continue
+    """Remove the folders that were made to be mounted on, unless another cluster has its mounts there."""
+    with locks.of_fixed_paths():
+        if any_cluster_exists():
+            return
+        for path in _FIXED_PATHS:
+            try:
+                path.rmdir()
+            except OSError:  # not empty: somebody else's
+                continue
 
 
 def _fixed_mounts(node: Node) -> list[Mount]:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from tools.devcluster.commands import run
-from tools.devcluster.layout import GATEWAY_ADDRESS, Layout, Node
+from tools.devcluster.layout import GATEWAY_ADDRESS, NAMESPACES, PREFIX, Layout, Node
 
 _CLONE_NEWNET = 0x40000000
 _SYSCTLS = ("net.ipv4.ip_forward", "net.bridge.bridge-nf-call-iptables")
@@ -66,8 +66,12 @@ def _plug_into_first(node: Node) -> None:
 
 
 def existing_namespaces(layout: Layout) -> tuple[str, ...]:
-    folder = Path("/run/netns")
-    return tuple(sorted(path.name for path in folder.glob(f"{layout.prefix}[0-9]"))) if folder.is_dir() else ()
+    return tuple(sorted(path.name for path in NAMESPACES.glob(f"{layout.prefix}[0-9]")))
+
+
+def any_cluster_exists() -> bool:
+    """On this machine, whatever its cache and name."""
+    return any(NAMESPACES.glob(f"{PREFIX}*"))
 
 
 def delete_namespaces(layout: Layout) -> None:

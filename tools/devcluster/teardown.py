@@ -44,7 +44,8 @@ def down(layout: Layout) -> Leftovers:
     # The kubelet first, or it starts again what is stopped. The API server would wait a minute for open watches.
     processes.stop(kubelets, patience_seconds=_KUBELET_PATIENCE_SECONDS)
     processes.stop(others, patience_seconds=0)
-    wait_until(f"the containers of cluster {layout.name} to end", lambda: _kill_containers(layout), timeout_seconds=20)
+    what = f"the containers of cluster {layout.name} to end"
+    wait_until(what, lambda: mounts.kill_in(mounts.cgroups(layout)), timeout_seconds=20)
     processes.stop(runtimes, patience_seconds=_CONTAINERD_PATIENCE_SECONDS)
     processes.stop(containerd.shims(layout), patience_seconds=0)
     processes.stop(holders, patience_seconds=0)
@@ -69,21 +70,6 @@ def leftovers(layout: Layout) -> Leftovers:
 
 def _named(recorded: tuple[Process, ...], prefix: str) -> list[Process]:
     return [process for process in recorded if process.name.startswith(prefix)]
-
-
-def _kill_containers(layout: Layout) -> bool:
-    """True when the clusters' cgroups hold no process; the kubelets made them, so all in there is theirs."""
-    found = []
-    for cgroup in mounts.cgroups(layout):
-        for path in cgroup.rglob("cgroup.procs"):
-            try:
-                pids = path.read_text().split()
-            except OSError:  # removed meanwhile
-                continue
-            found += [(int(pid), processes.start_ticks(int(pid))) for pid in pids]
-    alive = {Process(f"container-{pid}", pid, ticks) for pid, ticks in found if ticks is not None}
-    processes.stop(alive, patience_seconds=0)
-    return not alive
 
 
 def _remove_cgroups(layout: Layout) -> bool:
