@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tools.devcluster import binaries, processes, teardown
+from tests.cluster.cluster import Cluster
+from tools.devcluster import binaries, power, processes, teardown
 from tools.devcluster.kubectl import Kubectl
 from tools.devcluster.layout import REPOSITORY, Layout
 
 pytestmark = pytest.mark.timeout(300)
 
 _NAME = "lifecycle"
-_SYSCTLS = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward")
+_SYSCTLS = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops")
 
 
 def command(*words: str) -> subprocess.Popen[str]:
@@ -49,11 +50,18 @@ def layout() -> Iterator[Layout]:
 
 
 def machine() -> tuple[object, ...]:
-    """What a cluster must not change: sysctls, this namespace's interfaces, the machine's mounts."""
+    """What a cluster must not change: sysctls, the machine's interfaces and mounts (`ip netns` itself mounts one)."""
     sysctls = tuple(Path("/proc/sys", name).read_text() for name in _SYSCTLS)
     interfaces = tuple(sorted(path.name for path in Path("/sys/class/net").iterdir()))
-    mounts = tuple(sorted(Path("/proc/1/mounts").read_text().splitlines()))
-    return sysctls, interfaces, mounts
+    mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if " /run/netns" not in line]
+    return sysctls, interfaces, tuple(mounts)
+
+
+def mounts_of_node(layout: Layout) -> list[str]:
+    """The mounts that the first node's namespace sees."""
+    holder = processes.recorded(layout, "mounts-0")
+    assert holder is not None
+    return Path(f"/proc/{holder.pid}/mounts").read_text().splitlines()
 
 
 def test_two_nodes_come_up_and_nothing_is_left_of_them(layout: Layout) -> None:
@@ -70,6 +78,28 @@ def test_two_nodes_come_up_and_nothing_is_left_of_them(layout: Layout) -> None:
         f"cluster {_NAME} is down; left: 0 processes, 0 mounts, 0 cgroups, 0 network namespaces, 0 files\n"
     )
     assert machine() == before
+
+
+def test_taking_one_cluster_away_leaves_the_other_s_mounts(layout: Layout, dev_cluster: Cluster) -> None:
+    """Removing a folder unmounts it in other namespaces: the fixed paths stay while any cluster is there."""
+    assert dev_cluster.layout is not None
+    before = mounts_of_node(dev_cluster.layout)
+    assert any(" /var/lib/kubelet " in line for line in before)
+    run("up")
+    run("down")
+    after = mounts_of_node(dev_cluster.layout)
+    assert [line for line in after if " /var/lib/" in line] == [line for line in before if " /var/lib/" in line]
+
+
+def test_a_node_without_power_is_lost_and_comes_back(layout: Layout) -> None:
+    run("up", "--nodes", "2")
+    built = binaries.locate(layout)
+    kubectl, node = Kubectl(layout, built["kubectl"]), layout.node(1)
+    power.off(node)
+    kubectl("wait", "node/node-1", "--for=condition=Ready=Unknown", "--timeout=30s")
+    kubectl("wait", "node/node-0", "--for=condition=Ready", "--timeout=1s")
+    power.on(node, built)
+    kubectl("wait", "node/node-1", "--for=condition=Ready", "--timeout=30s")
 
 
 def test_a_second_up_keeps_the_cluster_and_adds_a_node(layout: Layout) -> None:
