@@ -13,10 +13,13 @@ export DO_NOT_TRACK ?= 1
 # Whole files go to one of these processes; each end-to-end test starts four or five more by itself.
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo test lint type fmt generate verify bench clean
+# Nodes of the dev cluster. Its name and cache: RLJOB_CLUSTER, RLJOB_CACHE (docs/dev-cluster.md).
+NODES ?= 1
+
+.PHONY: help setup demo test lint type fmt generate verify bench cluster cluster-down e2e clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
 
 setup:  ## make .venv and install everything (1 to 4 minutes once, then nothing)
 	@tools/setup.sh
@@ -51,6 +54,20 @@ verify: setup  ## fail when a generated file is behind the code
 bench: setup  ## measure what we claim about speed and memory; writes docs/benchmarks.md (about 8 minutes on 2 quiet cores)
 	@echo "bench: ratios within one run, on an otherwise quiet machine (about 8 minutes on 2 cores)"
 	@$(BIN)/python -m bench
+
+cluster: setup  ## a real Kubernetes on this machine, as root (7 s; the first time it builds Kubernetes: about 15 minutes)
+	@$(BIN)/python -m tools.devcluster up --nodes $(NODES)
+
+cluster-down: setup  ## take it away; prints what is left
+	@$(BIN)/python -m tools.devcluster down
+
+e2e: setup  ## tests on a real Kubernetes: the dev cluster, or the one that KUBECONFIG names
+ifdef KUBECONFIG
+	@$(BIN)/python -m pytest tests/cluster
+else
+	@trap '$(BIN)/python -m tools.devcluster down' EXIT; \
+	  $(BIN)/python -m tools.devcluster up --nodes $(NODES) && $(BIN)/python -m pytest tests/cluster
+endif
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

@@ -1,0 +1,59 @@
+"""The session's cluster: our dev cluster, made if need be, or the one that KUBECONFIG names.
+
+A dev cluster is in a network namespace of its own; the fixture moves this process into it, so pods, Services and the
+API server can be reached directly, by this process and by all it starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tools.devcluster import binaries, network
+from tools.devcluster.layout import REPOSITORY, Layout
+
+from tests.cluster.cluster import RESTRICTED, Cluster, Namespace
+
+_UP_TIMEOUT_SECONDS = 3600  # the first time, everything is built
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Cluster:
+    given = os.environ.get("KUBECONFIG")
+    if given:
+        kubectl = shutil.which("kubectl")
+        assert kubectl is not None, "KUBECONFIG is set and kubectl is not on PATH: install it, or unset KUBECONFIG"
+        return Cluster(Path(given), kubectl, os.environ["PATH"], None)
+    layout = Layout.from_environment(os.environ)
+    up = [sys.executable, "-m", "tools.devcluster", "up"]
+    subprocess.run(up, cwd=REPOSITORY, check=True, timeout=_UP_TIMEOUT_SECONDS)
+    network.enter(layout.node(0))
+    built = binaries.locate(layout)
+    search_path = os.pathsep.join([built.search_path(), os.environ["PATH"]])
+    return Cluster(layout.kubeconfig, str(built["kubectl"]), search_path, layout)
+
+
+@pytest.fixture(scope="session")
+def dev_cluster(cluster: Cluster) -> Cluster:
+    assert cluster.layout is not None, "this test looks at the dev cluster itself: unset KUBECONFIG"
+    return cluster
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[Namespace]:
+    """A fresh namespace that admits only restricted pods. It is deleted without waiting: that takes 5 s and more."""
+    name = f"test-{os.getpid()}-{next(_numbers)}"
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}})
+    own = Namespace(cluster, name)
+    cluster.wait_for("the namespace's service account", lambda: own.kubectl("get", "serviceaccount", "default"))
+    yield own
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
