@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cluster.cluster import Cluster
 from tools.devcluster import binaries, power, processes, teardown
 from tools.devcluster.kubectl import Kubectl
 from tools.devcluster.layout import REPOSITORY, Layout
+
+from tests.cluster.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(300)
 
