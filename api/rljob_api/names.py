@@ -104,3 +104,39 @@ ENV_WEIGHTS_DIR = "RLJOB_WEIGHTS_DIR"  # shared directory of weight blobs, when 
 ENV_CACHE_DIR = "RLJOB_CACHE_DIR"  # private scratch of one process
 ENV_RECORD_DIR = "RLJOB_RECORD_DIR"  # trainer: keep a record for `rljob verify`
 ENV_RECORD_BYTES = "RLJOB_RECORD_BYTES"
+ENV_READY_FILE = "RLJOB_READY_FILE"  # rollout: exists while the worker serves a version within the bound
+ENV_MODEL_DIR = "RLJOB_MODEL_DIR"  # trainer: where model.persistentVolumeClaim is mounted
+ENV_TERMINATION_FILE = "RLJOB_TERMINATION_FILE"  # why the process ended, for Kubernetes; unset is its own default
+
+# Kubernetes: labels and annotations of children, and the finalizer of the RLJob.
+LABEL_NAME = "rljob.dev/name"
+LABEL_POOL = "rljob.dev/pool"  # `trainer`, or the name of a rollout pool
+LABEL_ATTEMPT = "rljob.dev/attempt"  # of the trainer's Job and its pods
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED_BY = "rljob"
+ANNOTATION_HASH = "rljob.dev/hash"  # of the user's fields that went into a child
+FINALIZER = "rljob.dev/nats-cleanup"
+FIELD_MANAGER = "rljob-operator"
+TRAINER_POOL = "trainer"
+TRAINER_CONTAINER = "trainer"
+ROLLOUT_CONTAINER = "rollout"
+
+
+def trainer_job_name(job: str, attempt: int) -> str:
+    """The attempt is in the name: two gangs can never share an object."""
+    return f"{job}-trainer-{attempt}"
+
+
+def trainer_service_name(job: str) -> str:
+    """Headless Service by which the trainer's ranks find each other."""
+    return f"{job}-trainer"
+
+
+def pool_name(job: str, pool: str) -> str:
+    """Deployment and PodDisruptionBudget of a rollout pool."""
+    return f"{job}-{pool}"
+
+
+def config_name(job: str, pool: str, distinction: int | str) -> str:
+    """Immutable ConfigMap: of a trainer's attempt, or of a pool's hash."""
+    return f"{job}-{pool}-{distinction}"
