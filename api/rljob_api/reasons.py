@@ -53,6 +53,13 @@ class Reason(DocumentedEnum):
         "TrajectoryStreamFull",
         "The trajectory stream is above 70 % although the trainer checkpoints.",
     )
+    PODS_UNSCHEDULABLE = "PodsUnschedulable", "No node has room for a pod, or fits its selectors and tolerations."
+    PODS_REFUSED = "PodsRefused", "Kubernetes refuses to make pods: a quota, a limit range or the Pod Security level."
+    IMAGE_UNAVAILABLE = "ImageUnavailable", "The image of a pod cannot be pulled."
+    VOLUME_UNAVAILABLE = "VolumeUnavailable", "A volume cannot be mounted: a claim, Secret or ConfigMap is missing."
+    CONTAINER_NOT_STARTED = "ContainerNotStarted", "The kubelet cannot make a container from its spec."
+    CONTAINER_CRASHING = "ContainerCrashing", "A container ends again and again."
+    PERMISSION_MISSING = "PermissionMissing", "The operator's role lacks a permission that the job needs."
     TRAINER_STALLED = "TrainerStalled", "No step heartbeat for trainer.stallSeconds: the gang restarts."
     TRAINER_FAILED = "TrainerFailed", "A trainer process ended with an error: the gang restarts from the checkpoint."
     POOL_FAILING = "PoolFailing", "Workers of a pool keep failing, within the pool's own budget."

@@ -110,6 +110,9 @@ class ColumnStatus(StatusPart):
 class RLJobStatus(StatusPart):
     observed_generation: Count = Field(default=0, description="Generation of the spec that was last reconciled.")
     start_time: Time | None = Field(default=None, description="When the running time began to count; anew on resume.")
+    started_time: Time | None = Field(
+        default=None, description="When trainer and minReplicas of every pool first ran since startTime."
+    )
     completion_time: Time | None = Field(default=None, description="When the job succeeded or failed.")
     attempt: Count = Field(default=0, description="Attempt of the whole gang; written before it is acted on.")
     runtime_image: str | None = Field(

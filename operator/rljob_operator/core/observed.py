@@ -100,7 +100,6 @@ class Pod:
     conditions: tuple[PodCondition, ...] = ()
     containers: tuple[Container, ...] = ()
     template_hash: str = ""
-    restart_token: str = ""
 
     @property
     def is_ready(self) -> bool:
@@ -118,6 +117,7 @@ class TrainerJob:
     uid: str
     resource_version: str
     attempt: int
+    created_at: datetime
     config_hash: str
     """Of the fields that went into it; another wanted hash means a new attempt."""
     is_deleting: bool = False
@@ -193,7 +193,6 @@ class Progress:
     step: StepReport | None = None
     heartbeat_at: datetime | None = None
     """When the trainer's heartbeat last rose, by the operator's clock."""
-    heartbeat_attempt_at: datetime | None = None
     checkpoint: CheckpointStatus | None = None
     final_model: FinalModelStatus | None = None
     coordination: CoordinationSummary | None = None

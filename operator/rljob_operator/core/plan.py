@@ -30,9 +30,28 @@ class Create:
 
 
 @dataclass(frozen=True, slots=True)
-class Apply:
-    """Server-side apply, with strict field validation, of a child seen with our uid; the body carries metadata.uid."""
+class Replace:
+    """Put parts of a child in the place of what is there, by a JSON patch that first tests uid and resourceVersion.
 
+    Not server-side apply: that keeps what another manager's create put there, so a field that the user took out of a
+    template would stay; and without the test it would adopt a stranger's object.
+    """
+
+    kind: str
+    name: str
+    uid: str
+    resource_version: str
+    parts: Mapping[str, Any]
+    """JSON pointer -> value; every pointer exists in the object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A merge patch, with metadata.uid as the precondition."""
+
+    kind: str
+    name: str
+    uid: str
     body: Body
 
 
@@ -46,25 +65,13 @@ class Delete:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """Set a Deployment's replicas, with the observed resourceVersion; `victims` get the lowest pod-deletion-cost first."""
-
-    name: str
-    uid: str
-    resource_version: str
-    replicas: int
-    victims: tuple[str, ...] = ()
-    """Pods that were told to drain and go first."""
-
-
-@dataclass(frozen=True, slots=True)
 class DeleteState:
     """Delete the job's streams, buckets and objects in NATS."""
 
     uid: str
 
 
-Action = Create | Apply | Delete | Scale | DeleteState
+Action = Create | Replace | Merge | Delete | DeleteState
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,8 @@ class Plan:
     finalizers: tuple[str, ...] | None = None
     """None leaves them as they are."""
     status: RLJobStatus | None = None
+    status_is_urgent: bool = True
+    """False: only progress moved; it may wait until `Settings.status_seconds` after the last write."""
     events: tuple[Event, ...] = ()
     requeue_after_seconds: float | None = None
     coordinate: bool = False

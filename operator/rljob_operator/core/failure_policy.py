@@ -1,0 +1,162 @@
+"""What a failure does: the first rule of spec.failurePolicy that matches, else the default.
+
+By default a failed trainer means a new attempt of the whole gang, counted; configurations that cannot work and missing
+accelerators fail the job at once, for trying again cannot help. A failed rollout worker is left to Kubernetes, which
+starts its container again. For the trainer RestartPool is RestartJob, and Ignore is RestartJob without counting: nothing
+else starts a gang again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from rljob_api.failure_policy import FailureAction, FailureRule
+from rljob_api.names import TRAINER_POOL
+from rljob_api.reasons import Reason
+from rljob_api.spec import RLJobSpec
+from rljob_operator.core.observed import Container, Observed, Pod, PodCondition, Termination, TrainerJob
+
+HOPELESS = (Reason.INVALID_CONFIGURATION, Reason.ACCELERATOR_MISSING)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failure that has not been acted on yet."""
+
+    pool: str
+    reason: str
+    message: str
+    at: datetime | None = None
+    pod: str = ""
+    pod_conditions: tuple[PodCondition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    failure: Failure
+    action: FailureAction
+    counts: bool
+    rule: str = ""
+    """Name of the rule; empty for the default."""
+
+
+def judgements(observed: Observed, spec: RLJobSpec) -> tuple[Judgement, ...]:
+    """What is to be done about each failure since the present attempt began, the trainer's first.
+
+    Failures are judged only while the Job of the present attempt is there: between raising the attempt and making its
+    Job, the old failure is still visible and must not count twice.
+    """
+    job = next((job for job in observed.trainer_jobs if job.attempt == observed.status.attempt), None)
+    if job is None or job.is_deleting:
+        return ()
+    trainer = _trainer_failure(observed, spec, job)
+    found = [trainer] if trainer is not None else []
+    found += [failure for pool in spec.rollout_pools for failure in _rollout_failures(observed, pool.name, job)]
+    return tuple(_judge(failure, spec) for failure in found)
+
+
+def _judge(failure: Failure, spec: RLJobSpec) -> Judgement:
+    is_trainer = failure.pool == TRAINER_POOL
+    for rule in spec.failure_policy.rules:
+        if not _matches(rule, failure):
+            continue
+        action, counts = rule.action, rule.counts_toward_max
+        if is_trainer and action is FailureAction.IGNORE:
+            action, counts = FailureAction.RESTART_JOB, False
+        if is_trainer and action is FailureAction.RESTART_POOL:
+            action = FailureAction.RESTART_JOB
+        return Judgement(failure, action, counts, rule.name)
+    if not is_trainer:
+        return Judgement(failure, FailureAction.IGNORE, counts=False)
+    if failure.reason in HOPELESS:
+        return Judgement(failure, FailureAction.FAIL_JOB, counts=False)
+    return Judgement(failure, FailureAction.RESTART_JOB, counts=True)
+
+
+def _matches(rule: FailureRule, failure: Failure) -> bool:
+    """Every criterion that is given must hold."""
+    if rule.pools and failure.pool not in rule.pools:
+        return False
+    if rule.on_reasons and failure.reason not in rule.on_reasons:
+        return False
+    return not rule.on_pod_conditions or any(
+        wanted.type == condition.type and wanted.status == condition.status
+        for wanted in rule.on_pod_conditions
+        for condition in failure.pod_conditions
+    )
+
+
+def _trainer_failure(observed: Observed, spec: RLJobSpec, job: TrainerJob) -> Failure | None:
+    pods = [pod for pod in observed.trainer_pods if pod.attempt == job.attempt]
+    ended = [(pod, container.ended) for pod in pods for container in pod.containers if _failed(container)]
+    if ended:
+        # The others of the gang fail because the first did.
+        pod, termination = min(
+            ((pod, end) for pod, end in ended if end is not None),
+            key=lambda found: (found[1].finished_at is None, found[1].finished_at or observed.now, found[0].name),
+        )
+        return Failure(
+            TRAINER_POOL, termination.reason, _how(pod, termination), termination.finished_at, pod.name, pod.conditions
+        )
+    disrupted = next((pod for pod in pods if pod.phase == "Failed"), None)
+    if job.is_failed or disrupted is not None:
+        conditions = disrupted.conditions if disrupted is not None else ()
+        because = next(
+            (c.message for c in conditions if c.type == "DisruptionTarget" and c.status == "True"), job.message
+        )
+        said = f": {because}" if because else ""
+        return Failure(
+            TRAINER_POOL,
+            Reason.TRAINER_FAILED,
+            f"The trainer's Job {job.name} failed{said}",
+            None,
+            disrupted.name if disrupted is not None else "",
+            conditions,
+        )
+    if job.is_complete and observed.progress.reachable and observed.progress.final_model is None:
+        return Failure(
+            TRAINER_POOL,
+            Reason.TRAINER_FAILED,
+            f"The trainer's Job {job.name} ended without an error before all steps were trained",
+        )
+    return _stall(observed, spec, job, pods)
+
+
+def _stall(observed: Observed, spec: RLJobSpec, job: TrainerJob, pods: list[Pod]) -> Failure | None:
+    """No heartbeat since long enough, counted from when the whole gang ran."""
+    running = [pod.condition("Ready") for pod in pods if pod.is_ready]
+    if not observed.progress.reachable or len(running) < spec.trainer.replicas or job.is_complete:
+        return None
+    times = [condition.since for condition in running if condition is not None and condition.since is not None]
+    since = max([*times, observed.progress.heartbeat_at or job.created_at, job.created_at])
+    if observed.now - since < timedelta(seconds=spec.trainer.stall_seconds):
+        return None
+    return Failure(
+        TRAINER_POOL,
+        Reason.TRAINER_STALLED,
+        f"The trainer gave no heartbeat for {spec.trainer.stall_seconds} s (trainer.stallSeconds)",
+    )
+
+
+def _rollout_failures(observed: Observed, pool: str, job: TrainerJob) -> list[Failure]:
+    found = []
+    for pod in observed.pods_of(pool):
+        for container in pod.containers:
+            for termination in (container.ended, container.ended_before):
+                if termination is None or termination.exit_code == 0:
+                    continue
+                if termination.finished_at is None or termination.finished_at < job.created_at:
+                    continue
+                how = _how(pod, termination)
+                found.append(Failure(pool, termination.reason, how, termination.finished_at, pod.name, pod.conditions))
+    return found
+
+
+def _failed(container: Container) -> bool:
+    return container.ended is not None and container.ended.exit_code != 0
+
+
+def _how(pod: Pod, termination: Termination) -> str:
+    said = f": {termination.message}" if termination.message else ""
+    return f"Pod {pod.name} ended with {termination.reason} (exit code {termination.exit_code}){said}"
