@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rljob_api.failure_policy import FailureAction
 from rljob_api.names import TRAINER_POOL
 from rljob_api.reasons import ConditionType, Reason
@@ -82,11 +84,12 @@ def _restart(observed: Observed, spec: RLJobSpec, judgement: Judgement) -> Plan:
     )
 
 
-def _next(observed: Observed, restarts: RestartStatus, reason: Reason, message: str, kind: str) -> Plan:
+def _next(
+    observed: Observed, restarts: RestartStatus, reason: Reason, message: str, kind: Literal["Normal", "Warning"]
+) -> Plan:
     status = changed(observed.status, attempt=observed.status.attempt + 1, restarts=restarts)
     status = with_conditions(observed, status, Verdict(ConditionType.READY, "False", Reason.RESTARTING, message))
-    event = Event("Normal", reason, message) if kind == "Normal" else Event("Warning", reason, message)
-    return Plan(status=status, events=(event,), requeue_after_seconds=0.0, coordinate=True)
+    return Plan(status=status, events=(Event(kind, reason, message),), requeue_after_seconds=0.0, coordinate=True)
 
 
 def _fatal(judgement: Judgement) -> tuple[Reason, str]:

@@ -141,7 +141,8 @@ def _failing_pods(observed: Observed, spec: RLJobSpec) -> Iterator[Action]:
             doomed |= {pod.uid: pod for pod in observed.pods_of(failed.pool) if pod.created_at <= failed.at}
     limit = timedelta(seconds=observed.settings.crash_loop_seconds)
     for pod in observed.pods:
-        since = (condition := pod.condition("Ready")) and condition.since
+        condition = pod.condition("Ready")
+        since = None if condition is None else condition.since
         crashing = any(container.waiting == "CrashLoopBackOff" for container in pod.containers)
         if pod.attempt is None and crashing and since is not None and observed.now - since > limit:
             doomed[pod.uid] = pod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Literal
 
 from rljob_api.names import KIND
 from rljob_api.reasons import ConditionType, Reason
@@ -69,7 +70,12 @@ def after_the_end(observed: Observed) -> Plan:
 
 
 def _end(
-    observed: Observed, status: RLJobStatus, kind: ConditionType, reason: Reason, message: str, event: str
+    observed: Observed,
+    status: RLJobStatus,
+    kind: ConditionType,
+    reason: Reason,
+    message: str,
+    event: Literal["Normal", "Warning"],
 ) -> Plan:
     written = with_conditions(
         observed,
@@ -77,5 +83,4 @@ def _end(
         Verdict(kind, "True", reason, message),
         Verdict(ConditionType.READY, "False", reason, message),
     )
-    shown = Event("Normal", reason, message) if event == "Normal" else Event("Warning", reason, message)
-    return Plan(status=written, events=(shown,), requeue_after_seconds=0.0)
+    return Plan(status=written, events=(Event(event, reason, message),), requeue_after_seconds=0.0)

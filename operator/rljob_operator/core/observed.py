@@ -161,7 +161,7 @@ class Stranger:
 
 
 @dataclass(frozen=True, slots=True)
-class Warning:
+class Clue:
     """A Kubernetes Event that explains why something is stuck: FailedMount, FailedCreate, FailedScheduling."""
 
     kind: str
@@ -216,7 +216,7 @@ class Observed:
     pods: tuple[Pod, ...] = ()
     others: tuple[Child, ...] = ()
     strangers: tuple[Stranger, ...] = ()
-    warnings: tuple[Warning, ...] = ()
+    clues: tuple[Clue, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     progress: Progress = field(default_factory=Progress)
     document: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel
 
 from rljob_api.conditions import Condition, condition_of, set_condition
 from rljob_api.names import TRAINER_POOL
@@ -28,6 +30,8 @@ from rljob_api.status import (
 from rljob_operator.core import stuck
 from rljob_operator.core.observed import Observed, Pod
 from rljob_operator.core.pods import living
+
+T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,9 @@ def with_conditions(observed: Observed, status: RLJobStatus, *verdicts: Verdict)
     return changed(status, conditions=conditions, observed_generation=observed.identity.generation)
 
 
-def changed(status: RLJobStatus, **fields: Any) -> RLJobStatus:
-    """The status with these fields replaced."""
-    return status.model_copy(update=fields)
+def changed(part: T, **fields: Any) -> T:
+    """The status, or a part of it, with these fields replaced."""
+    return part.model_copy(update=fields)
 
 
 def is_urgent(before: RLJobStatus, after: RLJobStatus) -> bool:
@@ -227,8 +231,8 @@ def _trainer_verdict(observed: Observed, spec: RLJobSpec, pods: list[Pod]) -> Ve
         return Verdict(
             ConditionType.TRAINER_READY, "True", Reason.RUNNING, _count(wanted, "trainer pod runs", "trainer pods run")
         )
-    warnings = [w for w in observed.warnings if w.kind == "Job" or any(w.name == pod.name for pod in pods)]
-    cause = stuck.cause(living(pods, observed.now), warnings)
+    clues = [w for w in observed.clues if w.kind == "Job" or any(w.name == pod.name for pod in pods)]
+    cause = stuck.cause(living(pods, observed.now), clues)
     if cause is not None:
         return Verdict(ConditionType.TRAINER_READY, "False", cause.reason, cause.message)
     return Verdict(
@@ -247,8 +251,8 @@ def _rollouts_verdict(observed: Observed, spec: RLJobSpec, pools: tuple[PoolStat
         ready = sum(pool.ready for pool in pools)
         return Verdict(kind, "True", Reason.RUNNING, _count(ready, "rollout pod is ready", "rollout pods are ready"))
     pods = [pod for pod in observed.pods if pod.pool != TRAINER_POOL]
-    warnings = [w for w in observed.warnings if w.kind != "Job"]
-    cause = stuck.cause([pod for pod in living(pods, observed.now) if not pod.is_ready], warnings)
+    clues = [w for w in observed.clues if w.kind != "Job"]
+    cause = stuck.cause([pod for pod in living(pods, observed.now) if not pod.is_ready], clues)
     if cause is not None:
         return Verdict(kind, "False", cause.reason, cause.message)
     name, ready, least = missing[0]
@@ -318,7 +322,9 @@ def ready_verdict(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> V
     rollouts = condition_of(status.conditions, ConditionType.ROLLOUTS_READY)
     for part in (trainer, rollouts):
         if part is not None and part.status != "True" and part.reason != Reason.PODS_NOT_READY:
-            return Verdict(kind, "False", Reason(part.reason), part.message)
+            return Verdict(
+                kind, "False", part.reason if isinstance(part.reason, Reason) else Reason.STARTING, part.message
+            )
     if trainer is None or rollouts is None or trainer.status != "True" or rollouts.status != "True":
         if observed.status.started_time is not None:
             reason = Reason.RESTARTING if trainer is None or trainer.status != "True" else Reason.PODS_NOT_READY

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rljob_api.reasons import Reason
-from rljob_operator.core.observed import Pod, Warning
+from rljob_operator.core.observed import Clue, Pod
 
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _SPEC = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
@@ -18,22 +18,22 @@ class Cause:
     message: str
 
 
-def cause(pods: Sequence[Pod], warnings: Sequence[Warning]) -> Cause | None:
+def cause(pods: Sequence[Pod], clues: Sequence[Clue]) -> Cause | None:
     """The first cause found, or None where nothing is stuck (yet)."""
-    return next(iter([*_refused(warnings), *_of_pods(pods, warnings)]), None)
+    return next(iter([*_refused(clues), *_of_pods(pods, clues)]), None)
 
 
-def _refused(warnings: Sequence[Warning]) -> Iterator[Cause]:
-    for warning in warnings:
-        if warning.reason in ("FailedCreate", "ReplicaFailure"):
+def _refused(clues: Sequence[Clue]) -> Iterator[Cause]:
+    for clue in clues:
+        if clue.reason in ("FailedCreate", "ReplicaFailure"):
             yield Cause(
                 Reason.PODS_REFUSED,
-                f"{warning.kind} {warning.name} cannot make its pods: {_sentence(warning.message)} "
+                f"{clue.kind} {clue.name} cannot make its pods: {_sentence(clue.message)} "
                 "Raise the quota, or change the pool's template so that it is admitted.",
             )
 
 
-def _of_pods(pods: Sequence[Pod], warnings: Sequence[Warning]) -> Iterator[Cause]:
+def _of_pods(pods: Sequence[Pod], clues: Sequence[Clue]) -> Iterator[Cause]:
     for pod in pods:
         scheduled = pod.condition("PodScheduled")
         if scheduled is not None and scheduled.status == "False":
@@ -65,11 +65,11 @@ def _of_pods(pods: Sequence[Pod], warnings: Sequence[Warning]) -> Iterator[Cause
                     f"Container {container.name} of pod {pod.name} ended {container.restarts} times.{how}{what} "
                     f"Look at `kubectl logs {pod.name} -c {container.name} --previous`.",
                 )
-        for warning in warnings:
-            if warning.name == pod.name and warning.reason in ("FailedMount", "FailedAttachVolume"):
+        for clue in clues:
+            if clue.name == pod.name and clue.reason in ("FailedMount", "FailedAttachVolume"):
                 yield Cause(
                     Reason.VOLUME_UNAVAILABLE,
-                    f"Pod {pod.name} cannot mount a volume: {_sentence(warning.message)} "
+                    f"Pod {pod.name} cannot mount a volume: {_sentence(clue.message)} "
                     "Create the claim, Secret or ConfigMap, or correct its name.",
                 )
 
