@@ -14,6 +14,13 @@ from rljob_operator.core.plan import Action, Delete, DeleteState, Event, Plan
 from rljob_operator.core.pods import living
 from rljob_operator.core.status import Verdict, changed, holds, text_of, time_of, with_conditions
 
+_PARTS = (
+    ConditionType.TRAINER_READY,
+    ConditionType.ROLLOUTS_READY,
+    ConditionType.WEIGHTS_CONVERGED,
+    ConditionType.DEGRADED,
+)
+
 
 def is_finished(status: RLJobStatus) -> bool:
     """Whether the job ended, either way. Final."""
@@ -82,5 +89,6 @@ def _end(
         status,
         Verdict(kind, "True", reason, message),
         Verdict(ConditionType.READY, "False", reason, message),
+        *(Verdict(part, "False", reason, "The job is finished.") for part in _PARTS),
     )
     return Plan(status=written, events=(Event(event, reason, message),), requeue_after_seconds=0.0)
