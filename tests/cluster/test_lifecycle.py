@@ -72,7 +72,7 @@ def test_two_nodes_come_up_and_nothing_is_left_of_them(layout: Layout) -> None:
     kubectl = Kubectl(layout, binaries.locate(layout)["kubectl"])
     assert [node["metadata"]["name"] for node in kubectl.get("nodes")["items"]] == ["node-0", "node-1"]
     counted = teardown.leftovers(layout)
-    assert counted.processes >= 12, f"the count that is zero below sees a running cluster: {counted}"
+    assert counted.processes >= 13, f"the count that is zero below sees a running cluster: {counted}"
     assert (counted.network_namespaces, counted.cgroups > 0, counted.files > 0) == (2, True, True)
 
     assert run("down").endswith(

@@ -48,7 +48,11 @@ def create(node: Node, further: tuple[Mount, ...]) -> None:
 def _start_holder(node: Node, mounts: list[Mount]) -> None:
     ready = node.folder / "mounted"
     script = " && ".join(
-        [*(mount.command() for mount in mounts), f"touch {shlex.quote(str(ready))}", "exec sleep infinity"]
+        [
+            *(mount.command() for mount in mounts),
+            f"touch {shlex.quote(str(ready))}",
+            f"exec tail -f {shlex.quote(str(ready))}",
+        ]
     )
     holder = processes.start(
         node.layout, node.process("mounts"), ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
