@@ -106,6 +106,8 @@ ENV_RECORD_DIR = "RLJOB_RECORD_DIR"  # trainer: keep a record for `rljob verify`
 ENV_RECORD_BYTES = "RLJOB_RECORD_BYTES"
 ENV_READY_FILE = "RLJOB_READY_FILE"  # rollout: exists while the worker serves a version within the bound
 ENV_MODEL_DIR = "RLJOB_MODEL_DIR"  # trainer: where model.persistentVolumeClaim is mounted
+ENV_RANK_ENDS = "RLJOB_RANK_ENDS"  # trainer rank: folder in which it says how it ended, for its launcher
+ENV_ACCELERATOR = "RLJOB_ACCELERATOR"  # "cuda" where the pod asks for a GPU: without one the process must not start
 ENV_TERMINATION_FILE = "RLJOB_TERMINATION_FILE"  # why the process ended, for Kubernetes; unset is its own default
 
 # Kubernetes: labels and annotations of children, and the finalizer of the RLJob.

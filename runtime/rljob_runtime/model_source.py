@@ -20,8 +20,11 @@ VOCABULARY_MULTIPLE = 8
 _MARKER = ".source"
 
 
-def materialise(model: Model, directory: Path) -> Path:
+def materialise(model: Model, directory: Path, *, mounted: Path | None = None) -> Path:
     """Directory that holds the model; `directory` itself where it has to be made or fetched. Idempotent and atomic.
+
+    Args:
+        mounted: where the claim of `model.persistentVolumeClaim` is mounted.
 
     Raises:
         RljobError: the model is not there or not usable.
@@ -29,6 +32,8 @@ def materialise(model: Model, directory: Path) -> Path:
     if model.path is not None:
         return check_model_path(Path(model.path))
     if model.persistent_volume_claim is not None:
+        if mounted is not None:
+            return check_model_path(mounted)
         raise RljobError(
             "spec.model.persistentVolumeClaim is mounted by the operator: use spec.model.path with `rljob run`"
         )

@@ -5,6 +5,7 @@ The host is the operator (pods) or the local runner; both set the same variables
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,10 @@ class RuntimeSettings:
     pool: str
     incarnation: str
     attempt: int
+    model_dir: Path | None = None
+    """Where the claim that holds the initial model is mounted."""
+    ready_file: Path | None = None
+    """Kept while the worker serves a version, for the pod's readiness probe."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> RuntimeSettings:
@@ -84,8 +89,11 @@ class RuntimeSettings:
             record_bytes=record_bytes,
             worker=environ.get(names.ENV_WORKER, ""),
             pool=environ.get(names.ENV_POOL, ""),
-            incarnation=environ.get(names.ENV_INCARNATION, ""),
+            # A container that is started again keeps its pod's variables: each start needs a name of its own.
+            incarnation=environ.get(names.ENV_INCARNATION) or uuid.uuid4().hex[:8],
             attempt=attempt,
+            model_dir=optional_path(names.ENV_MODEL_DIR),
+            ready_file=optional_path(names.ENV_READY_FILE),
         )
 
     @property
@@ -96,9 +104,9 @@ class RuntimeSettings:
         """The pool that this rollout worker belongs to.
 
         Raises:
-            SpecError: worker, pool or incarnation is not set, or the job has no such pool.
+            SpecError: worker or pool is not set, or the job has no such pool.
         """
-        given = {names.ENV_WORKER: self.worker, names.ENV_POOL: self.pool, names.ENV_INCARNATION: self.incarnation}
+        given = {names.ENV_WORKER: self.worker, names.ENV_POOL: self.pool}
         missing = tuple(
             Violation(name, "", "this environment variable is not set", "The process's host sets it.")
             for name, value in given.items()

@@ -215,7 +215,9 @@ class FakeKubernetes:
             return
         wanted = job["spec"]["completions"]
         if "Failed" in phases:
-            status["conditions"] = [{"type": "Failed", "status": "True", "message": "Job has reached the backoff limit"}]
+            status["conditions"] = [
+                {"type": "Failed", "status": "True", "message": "Job has reached the backoff limit"}
+            ]
             for pod in pods:
                 if pod["status"].get("phase") not in ("Succeeded", "Failed"):
                     self._delete(pod)
@@ -314,7 +316,9 @@ class FakeKubernetes:
         target[last] = value
 
 
-def crash_points(play: Callable[[FakeKubernetes], None], make: Callable[[], FakeKubernetes]) -> Iterator[tuple[int, FakeKubernetes]]:
+def crash_points(
+    play: Callable[[FakeKubernetes], None], make: Callable[[], FakeKubernetes]
+) -> Iterator[tuple[int, FakeKubernetes]]:
     """The play once without a crash (as number -1), then once for each write, with a crash right before it."""
     smooth = make()
     play(smooth)

@@ -1,7 +1,7 @@
 """What a failure does: the first rule of spec.failurePolicy that matches, else the default.
 
-By default a failed trainer means a new attempt of the whole gang, counted; configurations that cannot work and missing
-accelerators fail the job at once, for trying again cannot help. A failed rollout worker is left to Kubernetes, which
+By default a failed trainer means a new attempt of the whole gang, counted. Configurations that cannot work and missing
+accelerators fail the job at once, of whatever pool: trying again cannot help. A failed rollout worker is left to Kubernetes, which
 starts its container again. For the trainer RestartPool is RestartJob, and Ignore is RestartJob without counting: nothing
 else starts a gang again.
 """
@@ -67,10 +67,10 @@ def _judge(failure: Failure, spec: RLJobSpec) -> Judgement:
         if is_trainer and action is FailureAction.RESTART_POOL:
             action = FailureAction.RESTART_JOB
         return Judgement(failure, action, counts, rule.name)
-    if not is_trainer:
-        return Judgement(failure, FailureAction.IGNORE, counts=False)
     if failure.reason in HOPELESS:
         return Judgement(failure, FailureAction.FAIL_JOB, counts=False)
+    if not is_trainer:
+        return Judgement(failure, FailureAction.IGNORE, counts=False)
     return Judgement(failure, FailureAction.RESTART_JOB, counts=True)
 
 

@@ -6,19 +6,22 @@ import asyncio
 import logging
 import os
 import signal
+import time
 import zlib
 from pathlib import Path
 
 from rljob_api.errors import RljobError
-from rljob_api.names import JobNames
+from rljob_api.names import ENV_ACCELERATOR, ENV_TERMINATION_FILE, JobNames
 from rljob_api.pools import RolloutPool
 from rljob_api.pools import VllmEngine as VllmPool
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
-from rljob_runtime import logs
+from rljob_runtime import logs, termination
+from rljob_runtime.accelerator import check_accelerator
 from rljob_runtime.rollout.engine import InferenceEngine
 from rljob_runtime.rollout.worker import EXIT_CONFIGURATION, RolloutWorker
 from rljob_runtime.settings import RuntimeSettings
+from rljob_runtime.termination import Termination
 from rljob_runtime.weights.choose import blob_store
 
 LEASE_SECONDS = 12.0
@@ -30,10 +33,26 @@ def main() -> int:
     try:
         settings = RuntimeSettings.from_environment(os.environ)
         logger = logs.configure(settings.worker)
+        check_accelerator(os.environ, is_available=_cuda_is_available())
         return asyncio.run(_run(settings, logger))
     except RljobError as error:
         logs.configure("rollout").error("rollout worker could not start", extra=logs.fields(error=str(error)))
+        _leave_word(termination.reason_of(error), EXIT_CONFIGURATION, str(error))
         return EXIT_CONFIGURATION
+
+
+def _cuda_is_available() -> bool:
+    if os.environ.get(ENV_ACCELERATOR) != "cuda":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _leave_word(reason: str, code: int, message: str) -> None:
+    path = Path(os.environ.get(ENV_TERMINATION_FILE) or termination.KUBERNETES_FILE)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    termination.write(Termination(reason, code, now, message), path)
 
 
 async def _run(settings: RuntimeSettings, logger: logging.Logger) -> int:
@@ -58,7 +77,11 @@ async def _run(settings: RuntimeSettings, logger: logging.Logger) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, worker.request_drain)
     try:
-        return await worker.run()
+        code = await worker.run()
+        if code != 0:
+            reason = termination.INVALID_CONFIGURATION if code == EXIT_CONFIGURATION else "WorkerFailed"
+            _leave_word(reason, code, worker.end_reason)
+        return code
     finally:
         await link.close()
 

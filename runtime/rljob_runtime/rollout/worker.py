@@ -122,6 +122,8 @@ class RolloutWorker:
         self._serving_since: float | None = None
         self._revision = 0
         self._message = "waiting for the first published version"
+        self.end_reason = ""
+        """Why `run` returned."""
         self._logger = logging.getLogger(__name__)
 
     def request_drain(self) -> None:
@@ -130,8 +132,11 @@ class RolloutWorker:
 
     async def run(self) -> int:
         """Work until drained or poisoned; the process's exit code. The last state is written before it returns."""
+        self._not_ready()  # a container that was started again finds the files of the one before
         try:
             end = await self._run_until_ended()
+            self.end_reason = end.reason
+            self._not_ready()
             if self._samples is not None:
                 await self._samples.release_all()
             await self._report_end(end)
@@ -140,6 +145,10 @@ class RolloutWorker:
             if self._threads is not None:
                 self._threads.close()
             await self._shut_engine_down()
+
+    def _not_ready(self) -> None:
+        if self._settings.ready_file is not None:
+            self._settings.ready_file.unlink(missing_ok=True)
 
     async def _run_until_ended(self) -> _End:
         self._end = asyncio.get_running_loop().create_future()
@@ -312,6 +321,9 @@ class RolloutWorker:
         self._gate.open()
         if self._serving_since is None:
             self._serving_since = time.monotonic()
+            # Once, and not with each version: neither a pause nor a trainer's restart makes the pod unready.
+            if self._settings.ready_file is not None:
+                self._settings.ready_file.touch()
         self._message = ""
         self._samples.version_changed()
         pauses = self._gate.pause_seconds
@@ -358,6 +370,7 @@ class RolloutWorker:
         await self._drain.wait()
         self._logger.info("draining", extra=fields(episodes=self._samples.running if self._samples else 0))
         self._events.put_nowait(DrainRequested())
+        self._not_ready()
         self._report_now.set()
         if self._samples is not None and self._gate is not None:
             if not self._machine.is_swapping:  # else the gate is shut already, and the engine busy with the swap

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
+from rljob_api import names
 from rljob_api.base import FrozenModel
 from rljob_api.errors import CheckpointCorrupt, RljobError
 from rljob_api.messages import CheckpointPointer, PublishedVersion
@@ -22,10 +24,12 @@ from rljob_api.names import JobNames
 from rljob_protocol import admission
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
-from rljob_runtime import logs
+from rljob_runtime import logs, termination
+from rljob_runtime.accelerator import check_accelerator
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.model_source import materialise
 from rljob_runtime.settings import RuntimeSettings
+from rljob_runtime.termination import Termination
 from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.checkpoint import load_checkpoint
 from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world
@@ -57,23 +61,43 @@ class Start:
 
 def main() -> int:
     """Train; 0 when all steps are done or the trainer was stopped in order, 1 for an error that the log explains."""
-    settings = RuntimeSettings.from_environment(os.environ)
     rank = int(os.environ.get("RANK", "0"))
+    try:
+        finished = _main(rank)
+    except RljobError as error:
+        logging.getLogger().error("trainer failed", extra={"error": str(error), "kind": type(error).__name__})
+        _leave_word(termination.reason_of(error), 1, str(error), rank)
+        return 1
+    except Exception as error:  # the top of the process: torchrun would only say that a rank ended with 1
+        _leave_word(termination.reason_of(error), 1, f"{type(error).__name__}: {error}", rank)
+        raise
+    if not finished:
+        _leave_word(termination.STOPPED, 0, "stopped in order", rank)
+    return 0
+
+
+def _main(rank: int) -> bool:
+    settings = RuntimeSettings.from_environment(os.environ)
     logger = logs.configure(f"trainer-{rank}")
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     stop = _StopFlag()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop.set)
+    check_accelerator(os.environ, is_available=torch.cuda.is_available())
     kind: DeviceKind = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with distributed_world(kind, timeout_seconds=COLLECTIVE_SECONDS) as world:
-            finished = _train(settings, world, logger, stop)
-    except RljobError as error:
-        logger.error("trainer failed", extra={"error": str(error), "kind": type(error).__name__})
-        return 1
+    with distributed_world(kind, timeout_seconds=COLLECTIVE_SECONDS) as world:
+        finished = _train(settings, world, logger, stop)
     logger.info("trainer ended", extra={"finished": finished})
-    return 0
+    return finished
+
+
+def _leave_word(reason: str, code: int, message: str, rank: int) -> None:
+    """For the pod's launcher; `rljob run` reads the log instead."""
+    folder = os.environ.get(names.ENV_RANK_ENDS)
+    if folder:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        termination.write(Termination(reason, code, now, message, rank), Path(folder) / f"rank-{rank}.json")
 
 
 class Counters(FrozenModel):
@@ -169,7 +193,9 @@ def _model_directory(settings: RuntimeSettings, world: World) -> Path:
     """Rank 0 makes or finds the model; the others learn where it is."""
     path = b""
     if world.is_main:
-        path = str(materialise(settings.job.spec.model, settings.cache_dir / "model")).encode()
+        path = str(
+            materialise(settings.job.spec.model, settings.cache_dir / "model", mounted=settings.model_dir)
+        ).encode()
     return Path(broadcast_bytes(path if world.is_main else None, world.device).decode())
 
 

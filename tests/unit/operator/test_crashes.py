@@ -96,7 +96,9 @@ def gist(fake: FakeKubernetes) -> dict[str, Any]:
     return {
         "exists": fake.exists,
         "objects": sorted((kind, name) for kind, name in fake.objects if kind != "Pod"),
-        "pods": sorted((pod["metadata"]["labels"]["rljob.dev/pool"], pod["status"].get("phase")) for pod in fake.of_kind("Pod")),
+        "pods": sorted(
+            (pod["metadata"]["labels"]["rljob.dev/pool"], pod["status"].get("phase")) for pod in fake.of_kind("Pod")
+        ),
         "replicas": [item["spec"].get("replicas") for item in fake.of_kind("Deployment")],
         "attempt": status.attempt,
         "restarts": status.restarts,
