@@ -109,7 +109,7 @@ class LocalRun:
             self._server.start()
             link = await Link.connect(self._names, self._server.url, client_name="rljob-run", logger=self._logger)
             try:
-                await link.ensure_state(self._limits())
+                await link.ensure_state(StateLimits.of(self._job.spec))
                 finished, failure = await self._supervised(link)
                 await self._collect_last_words(link)
             finally:
@@ -253,15 +253,6 @@ class LocalRun:
         if self._job.spec.storage.weights.persistent_volume_claim is not None:
             environment[names.ENV_WEIGHTS_DIR] = str(self._directory.weights.resolve())
         return environment
-
-    def _limits(self) -> StateLimits:
-        spec = self._job.spec
-        groups = (spec.staleness.max_versions + 1) * spec.training.tasks_per_step
-        return StateLimits(
-            max_tasks=4 * groups * spec.sampling.samples_per_task,
-            trajectory_bytes=spec.messaging.trajectory_stream_bytes,
-            max_payload_bytes=spec.messaging.max_payload_bytes,
-        )
 
     def _manifest_check(self, link: Link) -> ManifestCheck:
         from rljob_runtime.weights.choose import blob_store

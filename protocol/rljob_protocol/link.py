@@ -38,6 +38,7 @@ from rljob_api.base import WireMessage
 from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable, StorageFull
 from rljob_api.messages import WorkerState
 from rljob_api.names import WORKER_KEY_PREFIX, JobNames
+from rljob_api.spec import RLJobSpec
 from rljob_protocol.deadlines import within
 
 M = TypeVar("M", bound=WireMessage)
@@ -92,6 +93,16 @@ class StateLimits:
     max_steps: int = 100_000
     liveness_seconds: float = 30.0
     ack_wait_seconds: float = 15.0
+
+    @classmethod
+    def of(cls, spec: RLJobSpec) -> StateLimits:
+        """Those of a job: room for the tasks of twice the groups that the staleness bound lets be in flight."""
+        groups = (spec.staleness.max_versions + 1) * spec.training.tasks_per_step
+        return cls(
+            max_tasks=4 * groups * spec.sampling.samples_per_task,
+            trajectory_bytes=spec.messaging.trajectory_stream_bytes,
+            max_payload_bytes=spec.messaging.max_payload_bytes,
+        )
 
 
 class Link:

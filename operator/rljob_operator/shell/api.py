@@ -6,7 +6,7 @@ The `kubernetes` library brings login and TLS; its generated models are left out
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -110,7 +110,7 @@ class Api:
         """
         return await self._call("get", kind, "GET", kind.path(namespace, name))
 
-    async def list(
+    async def list_all(
         self, kind: Kind, namespace: str | None, *, labels: str = "", fields: str = ""
     ) -> tuple[list[Object], str]:
         """(objects, resourceVersion of the list), read in pages."""
@@ -187,7 +187,7 @@ class Api:
         path = kind.path(namespace, name, subresource)
         return await self._call("patch", kind, "PATCH", path, query, patch, "application/merge-patch+json")
 
-    async def patch(self, kind: Kind, namespace: str, name: str, operations: list[Object]) -> Object:
+    async def patch(self, kind: Kind, namespace: str, name: str, operations: Sequence[Object]) -> Object:
         """A JSON patch.
 
         Raises:
@@ -195,7 +195,7 @@ class Api:
         """
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
         path = kind.path(namespace, name)
-        return await self._call("patch", kind, "PATCH", path, query, operations, "application/json-patch+json")
+        return await self._call("patch", kind, "PATCH", path, query, list(operations), "application/json-patch+json")
 
     async def replace(self, kind: Kind, namespace: str, name: str, body: Mapping[str, Any]) -> Object:
         """PUT; the body's resourceVersion is the precondition.

@@ -83,7 +83,7 @@ class Cache:
                 wait = min(2 * wait, RELIST_SECONDS[1])
 
     async def _list(self) -> str:
-        found, version = await self._api.list(self.kind, self._namespace, labels=self._labels)
+        found, version = await self._api.list_all(self.kind, self._namespace, labels=self._labels)
         self._heard_at = time.monotonic()
         self.error = ""
         kept = {_key(item) for item in found}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from rljob_api.errors import RljobError
-from rljob_operator.shell.api import AlreadyExists, Api, ApiError, Conflict, NotFound, Object
+from rljob_operator.shell.api import Api, ApiError, NotFound, Object
 from rljob_operator.shell.kinds import LEASE
 
 LEASE_SECONDS = 15
@@ -104,10 +104,7 @@ class Leader:
             lease = await self._api.get(LEASE, self._namespace, self._name)
         except NotFound:
             body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": self._name}}
-            try:
-                await self._api.create(LEASE, self._namespace, {**body, "spec": self._spec(0)})
-            except AlreadyExists:
-                return False
+            await self._api.create(LEASE, self._namespace, {**body, "spec": self._spec(0)})
             return True
         if not self._may_take(lease):
             return False
@@ -115,10 +112,7 @@ class Leader:
         changes = int(spec.get("leaseTransitions") or 0) + (0 if spec.get("holderIdentity") == self._identity else 1)
         acquired = spec.get("acquireTime") if spec.get("holderIdentity") == self._identity else None
         lease["spec"] = self._spec(changes) | ({"acquireTime": acquired} if acquired else {})
-        try:
-            await self._api.replace(LEASE, self._namespace, self._name, lease)
-        except Conflict:
-            return False
+        await self._api.replace(LEASE, self._namespace, self._name, lease)
         return True
 
     def _may_take(self, lease: Object) -> bool:
