@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(action=_report)
 
     commands.add_parser("trainer", help="one trainer process (started by torchrun)").set_defaults(action=_trainer)
+    commands.add_parser("operator", help="the Kubernetes operator").set_defaults(action=_operator)
     commands.add_parser("rollout", help="one rollout worker").set_defaults(action=_rollout)
     return parser
 
@@ -154,6 +155,12 @@ def _trainer(_: argparse.Namespace) -> int:
     from rljob_runtime.trainer.main import main as trainer_main
 
     return trainer_main()
+
+
+def _operator(_: argparse.Namespace) -> int:
+    from rljob_operator.main import main as operator_main
+
+    return operator_main()
 
 
 def _rollout(_: argparse.Namespace) -> int:

@@ -418,7 +418,7 @@ def _run(job: RLJob, directory: RunDirectory, info: RunInfo, options: RunOptions
     if any(pool.engine.simulated is not None for pool in job.spec.rollout_pools):
         print("note: a SIMULATED engine is used; this is a test of the protocol, not of inference", file=out)
     print(f"run: {directory.root} (logs in {directory.logs})", file=out, flush=True)
-    from rljob_runtime import logs
+    from rljob_protocol import logs
 
     logs.configure("run", directory.logs / "run.log")
     run = LocalRun(job, directory, info, options, out)

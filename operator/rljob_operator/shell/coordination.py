@@ -161,7 +161,7 @@ class Coordination:
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _coordinate(self, job: _Job, link: Link) -> None:
-        async def restart(worker: str, incarnation: str, reason: str) -> None:
+        async def restart(worker: str, _incarnation: str, reason: str) -> None:
             self._logger.warning("worker restart", extra=self._fields(job, worker=worker, reason=reason))
             await self._restart_pod(job.identity.namespace, worker, reason)
 

@@ -20,12 +20,12 @@ def registry(trigger: Trigger) -> kopf.OperatorRegistry:
     """Handlers that ask for a pass."""
     made = kopf.OperatorRegistry()
 
-    @kopf.on.event("rljob.dev", "v1alpha1", RLJOB.plural, registry=made)
+    @kopf.on.event("rljob.dev", "v1alpha1", RLJOB.plural, registry=made)  # type: ignore[untyped-decorator]
     async def changed(namespace: str | None, name: str | None, **_: Any) -> None:
         if namespace and name:
             trigger(namespace, name)
 
-    @kopf.on.startup(registry=made)
+    @kopf.on.startup(registry=made)  # type: ignore[untyped-decorator]
     async def configured(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
         settings.scanning.disabled = True  # else a namespaced operator is deaf on its first 403

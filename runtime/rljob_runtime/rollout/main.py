@@ -14,9 +14,10 @@ from rljob_api.errors import RljobError
 from rljob_api.names import ENV_ACCELERATOR, ENV_TERMINATION_FILE, JobNames
 from rljob_api.pools import RolloutPool
 from rljob_api.pools import VllmEngine as VllmPool
+from rljob_protocol import logs
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
-from rljob_runtime import logs, termination
+from rljob_runtime import termination
 from rljob_runtime.accelerator import check_accelerator
 from rljob_runtime.rollout.engine import InferenceEngine
 from rljob_runtime.rollout.worker import EXIT_CONFIGURATION, RolloutWorker

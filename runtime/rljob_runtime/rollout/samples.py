@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from rljob_api.errors import EngineError, EnvironmentFailure, MalformedMessage, ProtocolError, RljobError
 from rljob_api.messages import Task
+from rljob_protocol.logs import fields
 from rljob_protocol.streams import ClaimedTask, TaskQueue, TrajectoryLog
-from rljob_runtime.logs import fields
 from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings, failed_trajectory, run_episode
 from rljob_runtime.rollout.tally import Reason, Tally
 from rljob_runtime.trajectory_codec import encode_trajectory

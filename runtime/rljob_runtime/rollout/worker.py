@@ -16,6 +16,7 @@ from rljob_api.names import KEY_COORDINATOR, KEY_DESIRED, KEY_PUBLISHED, worker_
 from rljob_api.spec import RLJobSpec
 from rljob_protocol import worker as machine
 from rljob_protocol.link import Link
+from rljob_protocol.logs import fields
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_protocol.worker import (
     Apply,
@@ -35,7 +36,6 @@ from rljob_protocol.worker import (
     WorkerSettings,
 )
 from rljob_runtime.environments.factory import check_environment, make_environment
-from rljob_runtime.logs import fields
 from rljob_runtime.rollout.engine import InferenceEngine
 from rljob_runtime.rollout.environment_threads import EnvironmentThreads
 from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings

@@ -21,10 +21,10 @@ from rljob_api.base import FrozenModel
 from rljob_api.errors import CheckpointCorrupt, RljobError
 from rljob_api.messages import CheckpointPointer, PublishedVersion
 from rljob_api.names import JobNames
-from rljob_protocol import admission
+from rljob_protocol import admission, logs
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
-from rljob_runtime import logs, termination
+from rljob_runtime import termination
 from rljob_runtime.accelerator import check_accelerator
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.model_source import materialise

@@ -30,6 +30,7 @@ OPTIONS = {
     "crd": ["--help"],
     "verify": ["--help", "--tokens"],
     "report": ["--help", "--output"],
+    "operator": ["--help"],
     "trainer": ["--help"],
     "rollout": ["--help"],
 }

@@ -41,7 +41,7 @@ def configure(process: str, file: Path | None = None, *, level: int = logging.IN
     """Send the logs of rljob's packages to a file, or to standard error, and return the process's logger."""
     handler = logging.StreamHandler(sys.stderr) if file is None else logging.FileHandler(file)
     handler.setFormatter(JsonLines(process))
-    for package in ("rljob", "rljob_protocol", "rljob_runtime"):
+    for package in ("rljob", "rljob_protocol", "rljob_runtime", "rljob_operator", "kopf"):
         logger = logging.getLogger(package)
         logger.handlers[:] = [handler]
         logger.setLevel(level)
