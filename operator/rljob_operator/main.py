@@ -48,11 +48,11 @@ def main() -> int:
         logger.error("operator ended", extra={"error": str(error)})
         return 1
     except ExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        level = logging.WARNING if isinstance(error, LeadershipLost) else logging.ERROR
-        logger.log(level, "operator ended", extra={"error": str(error) or type(error).__name__})
+        cause: BaseException = group
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        level = logging.WARNING if isinstance(cause, LeadershipLost) else logging.ERROR
+        logger.log(level, "operator ended", extra={"error": str(cause) or type(cause).__name__})
         return 1
     return 0
 
