@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Never, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError
 from pydantic.alias_generators import to_camel
 
 from rljob_api.errors import MalformedMessage
@@ -95,5 +95,7 @@ FrozenJsonObject = Annotated[Mapping[str, JsonValue], _FROZEN, _THAWED]
 """A JSON object, frozen all the way down."""
 FrozenTexts = Annotated[Mapping[str, str], _FROZEN, _THAWED]
 """A frozen map of texts."""
+FrozenBoundedTexts = Annotated[Mapping[str, Annotated[str, Field(max_length=1024)]], _FROZEN, _THAWED]
+"""The same, each text with a bound: rules of the apiserver read nothing without one."""
 FrozenNumbers = Annotated[Mapping[str, float], _FROZEN, _THAWED]
 """A frozen map of numbers."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rljob_api.base import FrozenJsonObject, FrozenModel, FrozenNumbers, FrozenObject, FrozenTexts
+from rljob_api.base import FrozenBoundedTexts, FrozenJsonObject, FrozenModel, FrozenNumbers, FrozenObject, FrozenTexts
 from rljob_api.enums import DocumentedEnum
 from rljob_api.extensions import LIST_MAP_BY_NAME
 from rljob_api.failure_policy import FailurePolicy
@@ -101,7 +101,7 @@ class RandomModel(FrozenModel):
     alphabet: str = Field(
         default="0123456789=",
         min_length=1,
-        max_length=4096,
+        max_length=1024,
         description="Characters of the tokenizer, one token each, after the three special tokens pad, end and begin.",
     )
     hidden_size: int = Field(default=64, ge=8, le=8192, description="Width of the residual stream.")
@@ -195,8 +195,9 @@ class Sampling(FrozenModel):
     bad_words: tuple[Annotated[str, Field(max_length=256)], ...] = Field(
         default=(), max_length=1024, description="Must be empty."
     )
-    guided_decoding: FrozenJsonObject | None = Field(
-        default=None, description="Must be unset.", json_schema_extra={"maxProperties": 256}
+    # Texts, not free JSON: a rule of the apiserver cannot see a field whose content is open.
+    guided_decoding: FrozenBoundedTexts | None = Field(
+        default=None, description="Must be unset.", json_schema_extra={"maxProperties": 64}
     )
 
 

@@ -82,7 +82,7 @@ class Apiserver:
     def call(self, method: str, path: str, body: object = None, content: str = "application/json") -> Verdict:
         """One request; a refusal is an answer like any other."""
         headers = {"Content-Type": content, "Accept": "application/json"}
-        self._client.update_params_for_auth(headers, [], ["BearerToken"])
+        self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         answer = self._client.rest_client.pool_manager.request(
             method,
             self._client.configuration.host + path,

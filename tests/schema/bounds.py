@@ -31,7 +31,7 @@ class Bound:
     @property
     def constraint(self) -> tuple[str, str]:
         """The constraint as a walk over the schema names it."""
-        return self.path.replace(".0", "[*]"), self.keyword
+        return self.path.replace(".0", "[*]").replace(".ANY_KEY", ".*"), self.keyword
 
     @property
     def id(self) -> str:
@@ -295,12 +295,13 @@ _CONDITIONS = [{"type": f"T{index}", "status": "True", "reason": "R"} for index 
 OTHERS: tuple[tuple[str, str, Any, Any], ...] = (
     ("metadata.name", "maxLength", "a" * 254, "a" * 40),  # up to 253 it is the rule job-name
     ("spec.model.random.alphabet", "minLength", "", "a"),
-    ("spec.model.random.alphabet", "maxLength", _characters(4097), _characters(4096)),
+    ("spec.model.random.alphabet", "maxLength", _characters(1025), _characters(1024)),
     ("spec.environment.parameters", "maxProperties", _keys(257), _keys(256)),
     ("spec.sampling.logitBias", "maxProperties", _keys(1025), {}),
     ("spec.sampling.badWords", "maxItems", ["x"] * 1025, []),
     ("spec.sampling.badWords.0", "maxLength", "x" * 257, REMOVE),
-    ("spec.sampling.guidedDecoding", "maxProperties", _keys(257), None),
+    ("spec.sampling.guidedDecoding", "maxProperties", {f"k{index}": "x" for index in range(65)}, None),
+    ("spec.sampling.guidedDecoding.ANY_KEY", "maxLength", "x" * 1025, AS_IT_IS),
     ("spec.storage.weights.nats", "maxProperties", {"replicas": True}, {}),
     ("spec.rolloutPools", "minItems", [], _pools(1)),
     ("spec.rolloutPools", "maxItems", _pools(17), _pools(16)),
@@ -314,6 +315,7 @@ OTHERS: tuple[tuple[str, str, Any, Any], ...] = (
     *((path, "maxItems", _pools(65), _pools(64)) for path in CONTAINERS),
     *((path, "list-map", [{"name": "a"}] * 2, [{"name": "a"}, {"name": "b"}]) for path in CONTAINERS),
     ("status.startTime", "pattern", *TIME),
+    ("status.startedTime", "pattern", *TIME),
     ("status.completionTime", "pattern", *TIME),
     ("status.conditions.0.lastTransitionTime", "pattern", *TIME),
     ("status.correction.exactFraction", "pattern", "99%", "0.99"),

@@ -91,7 +91,8 @@ def test_a_rule_without_an_expression_is_held_by_the_schema_or_left_to_the_opera
 ) -> None:
     verdict = apiserver.create(changed(ON_A_CLUSTER | case.refused))
     repeated = case.rule.endswith("-container-names") and "initContainers" not in json.dumps(case.refused)
-    assert verdict.status == (422 if case.rule in BY_SCHEMA or repeated else 201), verdict.body
+    # 400: a list that is written as a map is refused while it is decoded.
+    assert verdict.status in ((400, 422) if case.rule in BY_SCHEMA or repeated else (201,)), verdict.body
     assert apiserver.create(changed(ON_A_CLUSTER | case.accepted)).accepted
 
 

@@ -225,7 +225,8 @@ def _correction(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> Cor
 
 
 def _trainer_verdict(observed: Observed, spec: RLJobSpec, pods: list[Pod]) -> Verdict:
-    ready = sum(pod.is_ready for pod in pods)
+    # Pods that have ended well are no gap: their Job is about to be complete.
+    ready = sum(pod.is_ready or pod.phase == "Succeeded" for pod in pods)
     wanted = spec.trainer.replicas
     if ready >= wanted:
         return Verdict(

@@ -25,6 +25,10 @@ def registry(trigger: Trigger) -> kopf.OperatorRegistry:
         if namespace and name:
             trigger(namespace, name)
 
+    @kopf.on.login(registry=made)  # type: ignore[untyped-decorator]
+    async def logged_in(**arguments: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+
     @kopf.on.startup(registry=made)  # type: ignore[untyped-decorator]
     async def configured(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False

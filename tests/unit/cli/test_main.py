@@ -30,8 +30,8 @@ OPTIONS = {
     "crd": ["--help"],
     "verify": ["--help", "--tokens"],
     "report": ["--help", "--output"],
-    "operator": ["--help"],
     "trainer": ["--help"],
+    "operator": ["--help"],
     "rollout": ["--help"],
 }
 """Frozen: a name that is taken away or renamed breaks scripts."""
