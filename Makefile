@@ -44,12 +44,15 @@ fmt: setup  ## format the code
 	@$(BIN)/ruff check --fix $(PACKAGES) tests bench tools
 	@$(BIN)/ruff format $(PACKAGES) tests bench tools
 
-generate: setup  ## write what is made from the code: crds/rljob.yaml
+generate: setup  ## write what is made from the code: crds/rljob.yaml and the chart's copy
 	@$(BIN)/rljob crd > crds/rljob.yaml.new && mv crds/rljob.yaml.new crds/rljob.yaml
+	@cp crds/rljob.yaml charts/rljob/files/rljob-crd.yaml
 
 verify: setup  ## fail when a generated file is behind the code
 	@$(BIN)/rljob crd | diff -u crds/rljob.yaml - \
 		|| { echo "verify: crds/rljob.yaml is behind the models: run 'make generate' and commit it" >&2; exit 1; }
+	@cmp crds/rljob.yaml charts/rljob/files/rljob-crd.yaml \
+		|| { echo "verify: the chart's copy of the CRD is behind: run 'make generate' and commit it" >&2; exit 1; }
 
 bench: setup  ## measure what we claim about speed and memory; writes docs/benchmarks.md (about 8 minutes on 2 quiet cores)
 	@echo "bench: ratios within one run, on an otherwise quiet machine (about 8 minutes on 2 cores)"
@@ -66,7 +69,9 @@ ifdef KUBECONFIG
 	@$(BIN)/python -m pytest tests/cluster
 else
 	@trap '$(BIN)/python -m tools.devcluster down' EXIT; \
-	  $(BIN)/python -m tools.devcluster up --nodes $(NODES) && $(BIN)/python -m pytest tests/cluster
+	  $(BIN)/python -m tools.devcluster up --nodes $(NODES) && $(BIN)/python -m tools.devcluster exec -- \
+	    sh -c 'RLJOB_E2E_KUBECONFIG=$$KUBECONFIG exec $(BIN)/python -m pytest -q tests/schema/test_on_apiserver.py' \
+	  && $(BIN)/python -m pytest tests/cluster
 endif
 
 clean:  ## remove the environment, caches and runs
