@@ -14,6 +14,8 @@ BUSYBOX = Path("/bin/busybox")
 _LIBRARY_PACKAGES = ("libc6", "libstdc++6", "libgcc-s1", "libgomp1", "zlib1g")
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _LDD_BATCH = 64
+LSCPU = Path("/usr/bin/lscpu")
+"""vLLM on a CPU asks it for the cores it may use."""
 
 
 def etc() -> dict[str, Entry]:
@@ -36,8 +38,9 @@ def busybox() -> dict[str, Entry]:
 def libraries(modules: Sequence[Path], own_folders: Sequence[Path]) -> dict[str, Entry]:
     """The machine's libraries that `modules` load; libraries under `own_folders` come with their package."""
     found = {path for name in _LIBRARY_PACKAGES for path in _libraries_of_package(name)}
-    found |= {path for path in _loaded_by(modules) if not any(path.is_relative_to(own) for own in own_folders)}
+    found |= {path for path in _loaded_by([*modules, LSCPU]) if not any(path.is_relative_to(own) for own in own_folders)}
     files: dict[str, Entry] = {str(path): File(path.resolve()) for path in found}
+    files[str(LSCPU)] = File(LSCPU.resolve())
     if _CERTIFICATES.exists():
         files[str(_CERTIFICATES)] = File(_CERTIFICATES.resolve())
     return files

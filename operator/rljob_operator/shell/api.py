@@ -289,6 +289,9 @@ async def _answer(response: aiohttp.ClientResponse) -> Object:
 def _error(status: Object, code: int, verb: str, kind: Kind, retry_after: float | None = None) -> ApiError:
     reason = str(status.get("reason") or "")
     message = str(status.get("message") or f"{verb} {kind.plural}: HTTP {code}")
+    if code == 403 and "cannot find RESTMapping" in message:
+        # An admission plugin that has not heard of a new CRD yet; nobody has forbidden anything.
+        return Unavailable(code, reason, message)
     match code:
         case 404:
             return NotFound(code, reason, message)
