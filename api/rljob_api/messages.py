@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from rljob_api.base import FrozenModel, WireMessage
+from rljob_api.spec import Staleness
 from rljob_api.weights import Blob
 
 
@@ -60,6 +61,18 @@ class DesiredVersion(WireMessage):
     @property
     def order(self) -> tuple[int, int]:
         return (self.term, self.generation)
+
+
+class JobSettings(WireMessage):
+    """Control key `settings`: fields of the spec that change without touching pods. Writer: the operator's leader.
+
+    Where it is not there (one machine), the fields of the configuration count.
+    """
+
+    generation: int = Field(ge=0)
+    """metadata.generation that they are of; a lower one never replaces a higher one."""
+    staleness: Staleness
+    coordinator_timeout_seconds: float = Field(gt=0)
 
 
 class CoordinatorHeartbeat(WireMessage):

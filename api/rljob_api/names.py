@@ -75,6 +75,7 @@ KEY_EPOCH = "epoch"  # EpochClaim, written by trainer rank 0
 KEY_PUBLISHED = "published"  # PublishedVersion, written by trainer rank 0
 KEY_RETAINED = "retained"  # RetainedVersions, written by trainer rank 0
 KEY_CHECKPOINT = "checkpoint"  # CheckpointPointer, written by trainer rank 0
+KEY_SETTINGS = "settings"  # JobSettings, written by the operator when a live field of the spec changes
 KEY_TERM = "term"  # TermClaim, written by the coordinator
 KEY_DESIRED = "desired"  # DesiredVersion, written by the coordinator
 

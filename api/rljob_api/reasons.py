@@ -49,6 +49,7 @@ class Reason(DocumentedEnum):
         "No worker could load a published version; workers stay on the one before.",
     )
     MESSAGING_UNAVAILABLE = "MessagingUnavailable", "The operator cannot reach the job's NATS server."
+    CRD_OUTDATED = "CrdOutdated", "The installed CRD is older than the operator: it drops fields of the status."
     TRAJECTORY_STREAM_FULL = (
         "TrajectoryStreamFull",
         "The trajectory stream is above 70 % although the trainer checkpoints.",

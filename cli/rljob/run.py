@@ -234,7 +234,7 @@ class LocalRun:
             names.ENV_POOL: slot.pool,
             names.ENV_INCARNATION: slot.incarnation,
         }
-        command = [sys.executable, "-m", "rljob_runtime.rollout.main"]
+        command = [sys.executable, "-m", "rljob_runtime.rollout"]
         return processes.start(slot.worker, command, environment, self._directory.logs / f"{slot.worker}.log")
 
     def _environment(self, process: str) -> dict[str, str]:

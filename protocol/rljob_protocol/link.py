@@ -236,6 +236,7 @@ class Link:
         for config in streams:
             if not await self._exists(config.name or ""):
                 await manager.add_stream(config)
+        longest = await self._make_room(limits)
         if not await self._exists(f"KV_{names.control_bucket}"):
             await manager.create_key_value(
                 KeyValueConfig(bucket=names.control_bucket, history=1, storage=StorageType.FILE)
@@ -256,10 +257,18 @@ class Link:
                 durable_name=names.rollout_consumer,
                 ack_policy=AckPolicy.EXPLICIT,
                 ack_wait=limits.ack_wait_seconds,
-                max_ack_pending=max(limits.max_tasks, 1000),
+                max_ack_pending=max(longest, 1000),
                 max_deliver=-1,
             ),
         )
+
+    async def _make_room(self, limits: StateLimits) -> int:
+        """Length of the task stream. A raised staleness bound needs a longer one; a lowered one leaves it as it is."""
+        config = (await self.jetstream.stream_info(self.names.tasks_stream)).config
+        if (config.max_msgs or 0) < limits.max_tasks:
+            config.max_msgs = limits.max_tasks
+            await self.jetstream.update_stream(config)
+        return max(limits.max_tasks, config.max_msgs or 0)
 
     async def _exists(self, stream: str) -> bool:
         try:

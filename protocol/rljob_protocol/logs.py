@@ -44,6 +44,6 @@ def configure(process: str, file: Path | None = None, *, level: int = logging.IN
     for package in ("rljob", "rljob_protocol", "rljob_runtime", "rljob_operator", "kopf"):
         logger = logging.getLogger(package)
         logger.handlers[:] = [handler]
-        logger.setLevel(level)
+        logger.setLevel(level if package != "kopf" else logging.WARNING)  # it tells of every trigger
         logger.propagate = False
     return logging.getLogger("rljob")

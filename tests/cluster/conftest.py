@@ -19,6 +19,7 @@ from tools.devcluster import binaries, network
 from tools.devcluster.layout import REPOSITORY, Layout
 
 from tests.cluster.cluster import RESTRICTED, Cluster, Namespace
+from tests.cluster.rljobs import SYSTEM, install, uninstall
 
 _UP_TIMEOUT_SECONDS = 3600  # the first time, everything is built
 
@@ -45,6 +46,13 @@ def dev_cluster(cluster: Cluster) -> Cluster:
     return cluster
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once why a test failed: a run takes long, and the summary comes at its end."""
+    if report.failed:
+        lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        print("\n" + "\n".join(lines[:40] or report.longreprtext.splitlines()[-40:]), flush=True)
+
+
 _numbers = itertools.count()
 
 
@@ -57,3 +65,21 @@ def namespace(cluster: Cluster) -> Iterator[Namespace]:
     cluster.wait_for("the namespace's service account", lambda: own.kubectl("get", "serviceaccount", "default"))
     yield own
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def operator(cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster with the chart; at the end of the session it is taken away, and nothing of it may be left."""
+    install(cluster)
+    yield cluster
+    cluster.kubectl("delete", "rljobs", "--all", "--all-namespaces", "--timeout=120s", timeout_seconds=150)
+    uninstall(cluster)
+    left = cluster.kubectl("get", "clusterroles,clusterrolebindings,crds", "--output=name")
+    assert "rljob" not in left, left
+    cluster.kubectl("delete", "namespace", SYSTEM, "--wait=false")
+
+
+@pytest.fixture
+def team(operator: Cluster, namespace: Namespace) -> Namespace:
+    """A namespace for one test's jobs."""
+    return namespace

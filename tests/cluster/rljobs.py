@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tools.devcluster.layout import REPOSITORY
@@ -97,15 +101,24 @@ class Job:
         found: list[dict[str, Any]] = self.namespace.get("pods", selector)["items"]
         return found
 
-    def kill(self, pod: dict[str, Any], pattern: str) -> None:
-        """kill -9 of the processes of a pod whose command line holds the pattern, from inside the pod."""
+    def kill(self, pod: dict[str, Any], pattern: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """A signal (kill -9) to the processes of a pod whose command line holds the pattern.
+
+        From the machine where it is our dev cluster: inside a container nobody can kill process 1.
+        """
+        if self.namespace.cluster.layout is not None:
+            found = processes_of(pod, pattern)
+            assert found, f"no process {pattern} of pod {pod['metadata']['name']} is seen from here"
+            for pid in found:
+                os.kill(pid, number)
+            return
         script = (
             "import os, glob\n"
             "for path in glob.glob('/proc/[0-9]*/cmdline'):\n"
             "    try: line = open(path, 'rb').read().decode().replace(chr(0), ' ')\n"
             "    except OSError: continue\n"
             f"    pid = int(path.split('/')[2])\n"
-            f"    if {pattern!r} in line and pid != os.getpid(): os.kill(pid, 9)\n"
+            f"    if {pattern!r} in line and pid != os.getpid(): os.kill(pid, {int(number)})\n"
         )
         self.namespace.kubectl("exec", pod["metadata"]["name"], "--", "python", "-c", script)
 
@@ -129,11 +142,22 @@ class Job:
         self.namespace.cluster.wait_for(f"rljob {self.name} to be gone", gone, timeout_seconds=timeout_seconds)
 
 
+def processes_of(pod: dict[str, Any], pattern: str = "") -> list[int]:
+    """Processes of a pod of the dev cluster, by its uid in their cgroup, whose command line holds the pattern."""
+    uid = pod["metadata"]["uid"]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            if uid in (folder / "cgroup").read_text() and pattern in line:
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
 def helm(cluster: Cluster, *arguments: str) -> str:
     """Run helm against the cluster."""
-    import os
-    import subprocess
-
     environment = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig), "PATH": cluster.search_path}
     result = subprocess.run(
         ["helm", *arguments], env=environment, capture_output=True, text=True, timeout=180, check=False

@@ -110,7 +110,9 @@ def test_a_killed_worker_and_a_server_that_is_away_for_twenty_seconds_cost_count
     with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
         wait_for_steps(run_directory, 3)
         workers = [
-            pid for pid in children_of(process.pid) if b"rollout.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            pid
+            for pid in children_of(process.pid)
+            if b"rljob_runtime.rollout" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)

@@ -49,7 +49,7 @@ class FakeLink:
         return self.live.get(key)
 
     async def follow(
-        self, key: str, kind: type[Any], *, hint_subject: str | None, interval_seconds: float = 1.0
+        self, key: str, kind: type[Any], *, hint_subject: str | None = None, interval_seconds: float = 1.0
     ) -> AsyncIterator[Versioned[Any]]:
         seen = 0
         while True:

@@ -38,7 +38,9 @@ def busybox() -> dict[str, Entry]:
 def libraries(modules: Sequence[Path], own_folders: Sequence[Path]) -> dict[str, Entry]:
     """The machine's libraries that `modules` load; libraries under `own_folders` come with their package."""
     found = {path for name in _LIBRARY_PACKAGES for path in _libraries_of_package(name)}
-    found |= {path for path in _loaded_by([*modules, LSCPU]) if not any(path.is_relative_to(own) for own in own_folders)}
+    found |= {
+        path for path in _loaded_by([*modules, LSCPU]) if not any(path.is_relative_to(own) for own in own_folders)
+    }
     files: dict[str, Entry] = {str(path): File(path.resolve()) for path in found}
     files[str(LSCPU)] = File(LSCPU.resolve())
     if _CERTIFICATES.exists():

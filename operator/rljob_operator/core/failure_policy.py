@@ -102,6 +102,8 @@ def _trainer_failure(observed: Observed, spec: RLJobSpec, job: TrainerJob) -> Fa
     disrupted = next((pod for pod in pods if pod.phase == "Failed"), None)
     if job.is_failed or disrupted is not None:
         conditions = disrupted.conditions if disrupted is not None else ()
+        if disrupted is None and job.is_disrupted:
+            conditions = (PodCondition("DisruptionTarget", "True", message=job.message),)
         because = next(
             (c.message for c in conditions if c.type == "DisruptionTarget" and c.status == "True"), job.message
         )

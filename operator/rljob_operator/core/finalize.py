@@ -8,7 +8,7 @@ from rljob_api.names import FINALIZER
 from rljob_api.reasons import Reason
 from rljob_operator.core.observed import Observed
 from rljob_operator.core.plan import Action, Delete, DeleteState, Event, Plan
-from rljob_operator.core.pods import living
+from rljob_operator.core.pods import present
 
 POLL_SECONDS = 2.0
 
@@ -27,7 +27,7 @@ def finalize(observed: Observed) -> Plan:
         ]
         if not is_deleting
     ]
-    if actions or living(observed.pods, observed.now):
+    if actions or present(observed.pods, observed.now):
         # Streams that pods still write to would only come back.
         return Plan(actions=tuple(actions), requeue_after_seconds=POLL_SECONDS)
     without = tuple(name for name in identity.finalizers if name != FINALIZER)

@@ -7,12 +7,8 @@ there is one (`strangers`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from types import MappingProxyType
-
-from pydantic import JsonValue
 
 from rljob_api.errors import Violation
 from rljob_api.messages import StepReport
@@ -105,6 +101,14 @@ class Pod:
     def is_ready(self) -> bool:
         return self.deleted_at is None and any(c.type == "Ready" and c.status == "True" for c in self.conditions)
 
+    @property
+    def has_ended_well(self) -> bool:
+        """Its containers ended with 0; the phase says so a moment later."""
+        ended = [container.ended for container in self.containers]
+        return self.phase == "Succeeded" or (
+            bool(ended) and all(end is not None and end.exit_code == 0 for end in ended)
+        )
+
     def condition(self, kind: str) -> PodCondition | None:
         return next((condition for condition in self.conditions if condition.type == kind), None)
 
@@ -123,6 +127,8 @@ class TrainerJob:
     is_deleting: bool = False
     is_complete: bool = False
     is_failed: bool = False
+    is_disrupted: bool = False
+    """Whether it failed because a pod of it was evicted, preempted or lost with its node."""
     message: str = ""
 
 
@@ -218,9 +224,9 @@ class Observed:
     strangers: tuple[Stranger, ...] = ()
     clues: tuple[Clue, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    pruned: tuple[str, ...] = ()
+    """Fields of the status that the installed CRD does not know."""
     progress: Progress = field(default_factory=Progress)
-    document: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
-    """The RLJob as it was sent; what the runtime's configuration is made from."""
 
     @property
     def trainer_pods(self) -> tuple[Pod, ...]:

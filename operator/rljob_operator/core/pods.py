@@ -17,5 +17,10 @@ def living(pods: Iterable[Pod], now: datetime) -> tuple[Pod, ...]:
     return tuple(pod for pod in pods if pod.phase not in ("Succeeded", "Failed") and not is_lost(pod, now))
 
 
+def present(pods: Iterable[Pod], now: datetime) -> tuple[Pod, ...]:
+    """Pods that are still there, ended ones too."""
+    return tuple(pod for pod in pods if not is_lost(pod, now))
+
+
 def is_lost(pod: Pod, now: datetime) -> bool:
     return pod.deleted_at is not None and now > pod.deleted_at + LOST_AFTER

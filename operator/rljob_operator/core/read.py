@@ -69,6 +69,8 @@ def trainer_job(found: Object) -> TrainerJob:
         is_deleting="deletionTimestamp" in meta,
         is_complete="Complete" in conditions,
         is_failed=failed is not None,
+        # The Job's only rule of that kind looks for DisruptionTarget (build/trainer_job.py).
+        is_disrupted=failed is not None and failed.get("reason") == "PodFailurePolicy",
         message="" if failed is None else str(failed.get("message", "")),
     )
 

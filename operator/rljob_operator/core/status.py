@@ -226,7 +226,7 @@ def _correction(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> Cor
 
 def _trainer_verdict(observed: Observed, spec: RLJobSpec, pods: list[Pod]) -> Verdict:
     # Pods that have ended well are no gap: their Job is about to be complete.
-    ready = sum(pod.is_ready or pod.phase == "Succeeded" for pod in pods)
+    ready = sum(pod.is_ready or pod.has_ended_well for pod in pods)
     wanted = spec.trainer.replicas
     if ready >= wanted:
         return Verdict(
@@ -288,6 +288,14 @@ def _converged_verdict(observed: Observed) -> Verdict:
 
 def _degraded_verdict(observed: Observed) -> Verdict:
     kind, progress = ConditionType.DEGRADED, observed.progress
+    if observed.pruned:
+        return Verdict(
+            kind,
+            "True",
+            Reason.CRD_OUTDATED,
+            f"The installed CRD does not know {', '.join(observed.pruned[:MAX_LAGGARDS])} of the status: it is older than "
+            "the operator. Install the CRD of the operator's version.",
+        )
     if not progress.reachable:
         because = f": {progress.unreachable_because}" if progress.unreachable_because else ""
         return Verdict(

@@ -8,7 +8,7 @@ from rljob_api.spec import RLJobSpec
 from rljob_api.status import RLJobStatus
 from rljob_operator.core.observed import Observed
 from rljob_operator.core.plan import Action, Delete, Event, Merge, Plan
-from rljob_operator.core.pods import living
+from rljob_operator.core.pods import present
 from rljob_operator.core.status import Verdict, changed, holds, is_urgent, summarised, with_conditions
 
 _SUSPENDED = "The job is suspended and has no pods. Set spec.suspend to false to go on from the last checkpoint."
@@ -23,7 +23,7 @@ def suspend(observed: Observed, spec: RLJobSpec) -> Plan:
         for item in observed.deployments
         if item.replicas != 0 and not item.is_deleting
     ]
-    gone = not actions and not observed.trainer_jobs and not living(observed.pods, observed.now)
+    gone = not actions and not observed.trainer_jobs and not present(observed.pods, observed.now)
     seen = summarised(observed, spec, observed.status) if observed.status.attempt else observed.status
     if gone:
         status = with_conditions(

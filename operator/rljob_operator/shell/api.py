@@ -292,6 +292,8 @@ def _error(status: Object, code: int, verb: str, kind: Kind, retry_after: float 
     if code == 403 and "cannot find RESTMapping" in message:
         # An admission plugin that has not heard of a new CRD yet; nobody has forbidden anything.
         return Unavailable(code, reason, message)
+    if code == 403 and "because it is being terminated" in message:
+        return Unavailable(code, reason, message)  # the namespace goes, and the RLJob with it
     match code:
         case 404:
             return NotFound(code, reason, message)

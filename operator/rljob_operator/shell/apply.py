@@ -32,6 +32,14 @@ class Memory:
     refusals: dict[tuple[str, str], tuple[Refusal, int, float]] = field(default_factory=dict)
     """(kind, name) -> (refusal, generation, when)"""
     status_written_at: float = float("-inf")
+    pruned: dict[str, float] = field(default_factory=dict)
+    """Field of the status that the apiserver dropped -> when."""
+
+    def dropped(self) -> tuple[str, ...]:
+        """Fields that are not written again for now: the CRD does not know them."""
+        now = time.monotonic()
+        self.pruned = {path: when for path, when in self.pruned.items() if now - when < REFUSED_SECONDS}
+        return tuple(sorted(self.pruned))
 
     def known(self, generation: int) -> tuple[Refusal, ...]:
         """Refusals that still count."""
@@ -75,7 +83,7 @@ class Apply:
         if plan.status is not None:
             wait = observed.settings.status_seconds - (time.monotonic() - memory.status_written_at)
             if plan.status_is_urgent or wait <= 0:
-                await self._status(identity, observed.status, plan.status)
+                await self._status(identity, observed.status, plan.status, memory)
                 memory.status_written_at = time.monotonic()
                 wait = None
         for event in plan.events:
@@ -140,12 +148,21 @@ class Apply:
         except NotFound:
             return
 
-    async def _status(self, identity: Identity, before: RLJobStatus, after: RLJobStatus) -> None:
+    async def _status(self, identity: Identity, before: RLJobStatus, after: RLJobStatus, memory: Memory) -> None:
+        changes = merge_patch(_document(before, exclude_unset=True), _document(after))
+        for path in memory.dropped():
+            changes.pop(path, None)
+        if not changes:
+            return
         patch = {
             "metadata": {"uid": identity.uid, "resourceVersion": identity.resource_version},
-            "status": merge_patch(_document(before), _document(after)),
+            "status": changes,
         }
         written = await self._api.merge(RLJOB, identity.namespace, identity.name, patch, subresource="status")
+        kept = written.get("status") or {}
+        for path, value in changes.items():
+            if value is not None and path not in kept:
+                memory.pruned[path] = time.monotonic()
         self._written(KIND, written)
 
     def _written(self, kind: str, item: Object) -> None:
@@ -168,8 +185,9 @@ def merge_patch(before: Object, after: Object) -> Object:
     return patch
 
 
-def _document(status: RLJobStatus) -> Object:
-    document: Object = status.model_dump(mode="json", by_alias=True, exclude_none=True)
+def _document(status: RLJobStatus, *, exclude_unset: bool = False) -> Object:
+    """`exclude_unset`: only what the object has, without the model's defaults: those are still to be written."""
+    document: Object = status.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=exclude_unset)
     return document
 
 

@@ -22,8 +22,8 @@ import nats.errors
 import nats.js.errors
 
 from rljob_api.errors import Fenced, RljobError
-from rljob_api.messages import CheckpointPointer, PublishedVersion, StepReport, TrainerState
-from rljob_api.names import KEY_CHECKPOINT, KEY_PUBLISHED, KEY_TRAINER, JobNames
+from rljob_api.messages import CheckpointPointer, JobSettings, PublishedVersion, StepReport, TrainerState
+from rljob_api.names import KEY_CHECKPOINT, KEY_PUBLISHED, KEY_SETTINGS, KEY_TRAINER, JobNames
 from rljob_api.spec import RLJobSpec
 from rljob_api.status import CheckpointStatus, FinalModelStatus
 from rljob_operator.core.observed import Identity, Progress
@@ -93,10 +93,10 @@ class Coordination:
         self._gone.pop(identity.uid, None)
         job = self._jobs.get(identity.uid)
         if job is not None and job.task is not None and not job.task.done():
-            if job.spec.weight_sync == spec.weight_sync:
+            if (job.spec.weight_sync, job.spec.staleness) == (spec.weight_sync, spec.staleness):
                 job.spec = spec
                 return
-            await end(job.task)  # the new one claims the next term
+            await end(job.task)  # the new one claims the next term, and tells the pods what changed
         job = job or _Job(identity, spec, spec.messaging.url or self._default_url)
         job.identity, job.spec = identity, spec
         job.task = asyncio.create_task(self._run(job), name=f"coordinate {identity.namespace}/{identity.name}")
@@ -147,6 +147,7 @@ class Coordination:
                 link = await self._connect(JobNames(job.identity.uid), job.url)
                 try:
                     await link.ensure_state(StateLimits.of(job.spec), deadline_seconds=CHECK_SECONDS)
+                    await _tell_settings(link, job)
                     await self._coordinate(job, link)
                 finally:
                     await link.close()
@@ -234,6 +235,24 @@ class Coordination:
 
     def _fields(self, job: _Job, **more: object) -> dict[str, object]:
         return {"rljob": f"{job.identity.namespace}/{job.identity.name}", **more}
+
+
+async def _tell_settings(link: Link, job: _Job) -> None:
+    """The live fields of the spec, to trainer and workers; an older generation never replaces a newer one."""
+    wanted = JobSettings(
+        generation=job.identity.generation,
+        staleness=job.spec.staleness,
+        coordinator_timeout_seconds=job.spec.weight_sync.coordinator_timeout_seconds,
+    )
+    held = await link.read(KEY_SETTINGS, JobSettings, deadline_seconds=CHECK_SECONDS)
+    if held is not None and held.value.generation >= wanted.generation:
+        return
+    await link.write(
+        KEY_SETTINGS,
+        wanted,
+        expected_revision=None if held is None else held.revision,
+        deadline_seconds=CHECK_SECONDS,
+    )
 
 
 def _folder(job: _Job) -> str:

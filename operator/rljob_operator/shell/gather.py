@@ -41,7 +41,9 @@ class Gather:
         self._settings = settings
         self._wall_clock = wall_clock
 
-    async def observe(self, rljob: Object, refusals: tuple[Refusal, ...]) -> Observed:
+    async def observe(
+        self, rljob: Object, refusals: tuple[Refusal, ...] = (), pruned: tuple[str, ...] = ()
+    ) -> Observed:
         """The job as it is now.
 
         Raises:
@@ -67,6 +69,7 @@ class Gather:
             others=tuple(read.child(item) for item in ours if item["kind"] not in ("Job", "Deployment")),
             clues=await self._told(pods, jobs, deployments),
             refusals=refusals,
+            pruned=pruned,
             progress=self._coordination.progress(identity.uid),
         )
         if spec is None or identity.deleted_at is not None:

@@ -97,7 +97,9 @@ class Reconciler:
             await self._gone(key)
         self._uids[key] = uid
         memory = self._memories.setdefault(uid, Memory())
-        observed = await self._gather.observe(rljob, memory.known(rljob["metadata"].get("generation", 0)))
+        observed = await self._gather.observe(
+            rljob, memory.known(rljob["metadata"].get("generation", 0)), memory.dropped()
+        )
         plan = decide(observed)
         if not self._leader.is_leader():  # time has passed since it was asked
             return 1.0

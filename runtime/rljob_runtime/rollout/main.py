@@ -1,4 +1,4 @@
-"""Entry point of a rollout worker's process: `python -m rljob_runtime.rollout.main`, or `rljob rollout`."""
+"""A rollout worker's process: `python -m rljob_runtime.rollout`, or `rljob rollout`."""
 
 from __future__ import annotations
 
@@ -117,7 +117,3 @@ def make_engine(settings: RuntimeSettings, pool: RolloutPool, directory: Path) -
             seed=zlib.crc32(f"{settings.worker}:{settings.incarnation}".encode()),
         ),
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

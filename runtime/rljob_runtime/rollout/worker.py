@@ -7,12 +7,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rljob_api.errors import DeadlineExceeded, EngineError, ProtocolError, RljobError, SpecError, StorageError
-from rljob_api.messages import CoordinatorHeartbeat, DesiredVersion, PublishedVersion, WorkerPhase, WorkerState
-from rljob_api.names import KEY_COORDINATOR, KEY_DESIRED, KEY_PUBLISHED, worker_key
+from rljob_api.messages import (
+    CoordinatorHeartbeat,
+    DesiredVersion,
+    JobSettings,
+    PublishedVersion,
+    WorkerPhase,
+    WorkerState,
+)
+from rljob_api.names import KEY_COORDINATOR, KEY_DESIRED, KEY_PUBLISHED, KEY_SETTINGS, worker_key
 from rljob_api.spec import RLJobSpec
 from rljob_protocol import worker as machine
 from rljob_protocol.link import Link
@@ -40,6 +47,7 @@ from rljob_runtime.rollout.engine import InferenceEngine
 from rljob_runtime.rollout.environment_threads import EnvironmentThreads
 from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings
 from rljob_runtime.rollout.gate import Gate
+from rljob_runtime.rollout.readiness import Readiness
 from rljob_runtime.rollout.rendering import Renderer
 from rljob_runtime.rollout.samples import SampleRunner
 from rljob_runtime.rollout.swapper import Swapper
@@ -62,6 +70,7 @@ CANCEL_AGAIN_SECONDS = 0.5
 DRAIN_SHUT_SECONDS = 10.0
 DRAIN_GRACE_SECONDS = 5.0
 LAST_REPORT_SECONDS = 5.0
+SETTINGS_SECONDS = 5.0
 SHUTDOWN_SECONDS = 30.0
 
 
@@ -109,6 +118,8 @@ class RolloutWorker:
             WorkerSettings(coordinator_timeout_seconds=self._spec.weight_sync.coordinator_timeout_seconds),
             time.monotonic(),
         )
+        self._readiness = Readiness(settings.ready_file, self._spec.staleness.max_versions)
+        self._is_draining = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._report_now = asyncio.Event()
         self._drain = asyncio.Event()
@@ -132,11 +143,11 @@ class RolloutWorker:
 
     async def run(self) -> int:
         """Work until drained or poisoned; the process's exit code. The last state is written before it returns."""
-        self._not_ready()  # a container that was started again finds the files of the one before
         try:
             end = await self._run_until_ended()
             self.end_reason = end.reason
-            self._not_ready()
+            self._is_draining = True
+            self._readiness.end()
             if self._samples is not None:
                 await self._samples.release_all()
             await self._report_end(end)
@@ -145,10 +156,6 @@ class RolloutWorker:
             if self._threads is not None:
                 self._threads.close()
             await self._shut_engine_down()
-
-    def _not_ready(self) -> None:
-        if self._settings.ready_file is not None:
-            self._settings.ready_file.unlink(missing_ok=True)
 
     async def _run_until_ended(self) -> _End:
         self._end = asyncio.get_running_loop().create_future()
@@ -225,6 +232,7 @@ class RolloutWorker:
         self._spawn(group, self._drive(swapper, group))
         self._spawn(group, self._follow_desired())
         self._spawn(group, self._follow_published())
+        self._spawn(group, self._follow_settings())
         self._spawn(group, self._watch_coordinator())
         self._spawn(group, self._tick())
         self._spawn(group, self._samples.run())
@@ -321,9 +329,6 @@ class RolloutWorker:
         self._gate.open()
         if self._serving_since is None:
             self._serving_since = time.monotonic()
-            # Once, and not with each version: neither a pause nor a trainer's restart makes the pod unready.
-            if self._settings.ready_file is not None:
-                self._settings.ready_file.touch()
         self._message = ""
         self._samples.version_changed()
         pauses = self._gate.pause_seconds
@@ -345,6 +350,13 @@ class RolloutWorker:
         hint = self._settings.job_names.published_hint
         async for seen in self._link.follow(KEY_PUBLISHED, PublishedVersion, hint_subject=hint):
             self._events.put_nowait(PublishedSeen(seen.value))
+
+    async def _follow_settings(self) -> None:
+        async for seen in self._link.follow(KEY_SETTINGS, JobSettings, interval_seconds=SETTINGS_SECONDS):
+            self._readiness.max_versions = seen.value.staleness.max_versions
+            timeout = seen.value.coordinator_timeout_seconds
+            settings = replace(self._machine.settings, coordinator_timeout_seconds=timeout)
+            self._machine = replace(self._machine, settings=settings)
 
     async def _watch_coordinator(self) -> None:
         interval = min(BEAT_SECONDS, self._machine.settings.coordinator_timeout_seconds / 4)
@@ -370,7 +382,8 @@ class RolloutWorker:
         await self._drain.wait()
         self._logger.info("draining", extra=fields(episodes=self._samples.running if self._samples else 0))
         self._events.put_nowait(DrainRequested())
-        self._not_ready()
+        self._is_draining = True
+        self._readiness.end()
         self._report_now.set()
         if self._samples is not None and self._gate is not None:
             if not self._machine.is_swapping:  # else the gate is shut already, and the engine busy with the swap
@@ -413,6 +426,8 @@ class RolloutWorker:
         """Produces: the worker's state. Consumes: counters. Waits for: a second. Unblocked by: a transition, too."""
         while True:
             self._report_now.clear()
+            if not self._is_draining:
+                self._readiness.update(self._machine.serving, self._machine.published)
             try:
                 await self._link.beat(worker_key(self._settings.worker), self._state())
             except ProtocolError as error:  # an outage; the next report carries all that happened meanwhile

@@ -72,6 +72,8 @@ class TrainBatch:
     """Weight version at the start of the step: the resident one."""
     rows: tuple[TrainRow, ...]
     groups_without_variance: int
+    max_versions: int = 0
+    """Bound on the staleness of a trained token that it was made under."""
 
     @property
     def num_model_tokens(self) -> int:
@@ -85,7 +87,7 @@ class TrainBatch:
         }
         shape = [(row.task, row.sample, row.num_tokens) for row in self.rows]
         tensors["rows"] = np.array(shape, dtype=np.int64).reshape(-1, 3)
-        tensors["batch"] = np.array([self.version, self.groups_without_variance], dtype=np.int64)
+        tensors["batch"] = np.array([self.version, self.groups_without_variance, self.max_versions], dtype=np.int64)
         return save_tensors(tensors)
 
     @classmethod
@@ -100,14 +102,14 @@ class TrainBatch:
             shape = tensors["rows"]
             ends = np.cumsum(shape[:, 2])[:-1]
             columns = [np.split(tensors[name], ends) if len(shape) else [] for name in _ROW_TYPES]
-            version, groups_without_variance = tensors["batch"].tolist()
+            version, groups_without_variance, max_versions = tensors["batch"].tolist()
         except (SafetensorError, KeyError, ValueError, IndexError) as error:
             raise MalformedMessage(f"training batch: {len(data)} bytes do not decode: {error}") from error
         rows = tuple(
             TrainRow(int(task), int(sample), *arrays)
             for (task, sample, _), *arrays in zip(shape, *columns, strict=True)
         )
-        return cls(version=version, rows=rows, groups_without_variance=groups_without_variance)
+        return cls(version, rows, groups_without_variance, max_versions)
 
 
 def build_batch(
@@ -140,7 +142,7 @@ def build_batch(
         for group, of_group in zip(groups, estimate.advantages, strict=True)
         for trajectory, advantages in zip(group, of_group, strict=True)
     )
-    return TrainBatch(version=version, rows=rows, groups_without_variance=estimate.groups_without_variance)
+    return TrainBatch(version, rows, estimate.groups_without_variance, max_versions)
 
 
 def _row(

@@ -16,11 +16,11 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rljob_api.errors import DeadlineExceeded, MalformedMessage
 from rljob_api.messages import Outcome, Task
-from rljob_api.spec import RLJobSpec
+from rljob_api.spec import RLJobSpec, Staleness
 from rljob_protocol import admission
 from rljob_protocol.admission import AdmissionSettings, Ledger, SampleSeen, Verdict
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
@@ -38,6 +38,8 @@ class Taken:
     """Scored samples of each group, in sample order."""
     staleness: dict[int, int]
     """Version -> staleness, for all versions in the groups."""
+    max_versions: int
+    """The bound that they were taken under."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,23 @@ class Intake:
                     tuple(self._payloads.pop((group.task, sample)) for sample in group.samples) for group in batch
                 )
                 versions = {version for group in groups for trajectory in group for version in trajectory.versions}
-                return Taken(groups, {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)})
+                staleness = {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)}
+                return Taken(groups, staleness, self._settings.max_versions)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
             await self._change(min(remaining, 1.0))
+
+    async def use(self, staleness: Staleness) -> None:
+        """A bound and a rule that changed while the job runs; they hold from the next batch on."""
+        settings = replace(self._settings, max_versions=staleness.max_versions, on_exceeded=staleness.on_exceeded)
+        if settings != self._settings:
+            self._logger.info(
+                "staleness settings changed",
+                extra={"max_versions": staleness.max_versions, "on_exceeded": staleness.on_exceeded.value},
+            )
+            self._settings = settings
+            await self._notify()
 
     async def step_trained(self, version: int) -> None:
         """A step was trained and published as `version`: later groups may be admitted."""

@@ -32,6 +32,8 @@ EXIT_NO_ADDRESS = 71
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this node's ranks to their end; the exit code is that of the rank that failed first."""
+    # The kernel keeps a SIGTERM from process 1 of a container as long as it has no handler.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
     options = _parser().parse_args(arguments)
     path = Path(os.environ.get(names.ENV_TERMINATION_FILE) or termination.KUBERNETES_FILE)
     node = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))

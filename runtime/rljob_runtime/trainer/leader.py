@@ -16,8 +16,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from rljob_api.errors import DeadlineExceeded, StorageError
-from rljob_api.messages import CheckpointPointer, PublishedVersion, TrainerPhase, TrainerState
-from rljob_api.names import KEY_TRAINER
+from rljob_api.messages import CheckpointPointer, JobSettings, PublishedVersion, TrainerPhase, TrainerState
+from rljob_api.names import KEY_SETTINGS, KEY_TRAINER
 from rljob_api.spec import RLJobSpec
 from rljob_api.weights import ModelFile, Probe
 from rljob_protocol.admission import DropReason
@@ -40,6 +40,7 @@ T = TypeVar("T")
 OUTAGE_SECONDS = 300.0
 """How long a call may take: NATS may be away for a while and come back."""
 HEARTBEAT_SECONDS = 2.0
+SETTINGS_SECONDS = 2.0
 STREAM_FULL_SHARE = 0.7
 STREAM_CHECK_SECONDS = 5.0
 
@@ -81,6 +82,7 @@ class Leader:
         self._state = TrainerState(
             epoch=publisher.epoch, beat=0, phase=TrainerPhase.STARTING, step=0, steps=spec.training.steps, version=0
         )
+        self._max_versions = spec.staleness.max_versions
         self._stream_share = 0.0
         self._stream_checked = float("-inf")
         self.stop_requested = False
@@ -95,6 +97,7 @@ class Leader:
         self._background.call(self._intake.recover(), deadline_seconds=OUTAGE_SECONDS)
         self._background.start(self._intake.run())
         self._background.start(self._heartbeats())
+        self._background.start(self._follow_settings())
 
     def phase(self, phase: TrainerPhase, step: int, version: int) -> None:
         """What the next heartbeats say."""
@@ -109,10 +112,11 @@ class Leader:
         if taken is None:
             return None
         self._taken = taken
+        self._max_versions = taken.max_versions
         return build_batch(
             taken.groups,
             version=version,
-            max_versions=self._spec.staleness.max_versions,
+            max_versions=taken.max_versions,
             advantage=self._spec.training.advantage,
             staleness_of=taken.staleness.__getitem__,
         )
@@ -224,9 +228,7 @@ class Leader:
         self._call(self._publisher.point_to_checkpoint(pointer))
         prune(root, keep=self._spec.storage.checkpoint.keep, current=name)
         self._call(self._log.cut(self._cursor))
-        oldest = oldest_version_needed(
-            self._publisher.retained, checkpoint_step=step, max_versions=self._spec.staleness.max_versions
-        )
+        oldest = oldest_version_needed(self._publisher.retained, checkpoint_step=step, max_versions=self._max_versions)
         deleted = self._call(self._publisher.keep_versions_from(oldest))
         self._stream_checked = float("-inf")
         self._logger.info("checkpoint written", extra={"step": step, "cursor": self._cursor, "blobs_deleted": deleted})
@@ -244,6 +246,11 @@ class Leader:
     async def _send_heartbeat(self) -> None:
         self._beat += 1
         await self._link.beat(KEY_TRAINER, self._state.model_copy(update={"beat": self._beat}))
+
+    async def _follow_settings(self) -> None:
+        """Live fields of the spec, as the operator writes them."""
+        async for seen in self._link.follow(KEY_SETTINGS, JobSettings, interval_seconds=SETTINGS_SECONDS):
+            await self._intake.use(seen.value.staleness)
 
     async def _heartbeats(self) -> None:
         while True:

@@ -71,6 +71,7 @@ class Trainer:
         self._epoch = epoch
         self._version = version
         self._step = step
+        self._max_versions = spec.staleness.max_versions
         self._checkpointed_step: int | None = None
 
     def run(self) -> bool:
@@ -112,6 +113,7 @@ class Trainer:
     def _train(self, batch: TrainBatch, seconds: Seconds) -> None:
         self._say(TrainerPhase.TRAINING)
         started = time.monotonic()
+        self._max_versions = batch.max_versions
         self._reload_snapshots(batch)
         old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world)
         scored = time.monotonic()
@@ -155,7 +157,7 @@ class Trainer:
         if self._spec.correction.old_logprobs is OldLogprobs.SNAPSHOT:
             self._snapshots.save(self._version, self._policy)
             for version in self._snapshots.versions:
-                if version < self._version - self._spec.staleness.max_versions:
+                if version < self._version - self._max_versions:
                     self._snapshots.drop(version)
 
     def _checkpoint_due(self) -> bool:

@@ -126,7 +126,7 @@ class Stage:
 
     async def start_worker(self) -> asyncio.subprocess.Process:
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "rljob_runtime.rollout.main", env=self.environ
+            sys.executable, "-m", "rljob_runtime.rollout", env=self.environ
         )
         return self.process
 

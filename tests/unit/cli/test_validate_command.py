@@ -13,7 +13,11 @@ from rljob.loader import load_document
 from rljob.validate_command import validate
 from rljob_api.validate import parse_job
 
-EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
+EXAMPLES = sorted(
+    path
+    for path in (Path(__file__).parents[3] / "examples").glob("*.yaml")
+    if load_document(path).get("kind") == "RLJob"
+)
 
 
 def verdict(path: Path) -> tuple[int, str]:

@@ -76,7 +76,7 @@ def test_bytes_bring_back_the_same_batch() -> None:
 
 
 def test_an_empty_batch_survives_its_bytes() -> None:
-    assert TrainBatch.from_bytes(TrainBatch(3, (), 2).to_bytes()) == TrainBatch(3, (), 2)
+    assert TrainBatch.from_bytes(TrainBatch(3, (), 2, 4).to_bytes()) == TrainBatch(3, (), 2, 4)
 
 
 def test_bytes_that_are_no_batch_are_refused() -> None:

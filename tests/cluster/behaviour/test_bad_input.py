@@ -1,0 +1,248 @@
+"""What users get wrong, and what their clusters do to them: each becomes a condition with a remedy; nothing loops hot."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.cluster.cluster import NATS_IMAGE, Cluster, Namespace, restricted_pod
+from tests.cluster.rljobs import SYSTEM, Job, quickstart
+
+pytestmark = pytest.mark.timeout(300)
+
+MAX_CALLS_PER_MINUTE = 120
+
+
+def calls_per_minute(cluster: Cluster, seconds: float = 30) -> float:
+    """API calls of the operator, its lease left out; watches count once."""
+    assert cluster.layout is not None
+    log = cluster.layout.audit_log
+    start = log.stat().st_size
+    time.sleep(seconds)
+    with log.open() as file:
+        file.seek(start)
+        entries = [json.loads(line) for line in file if line.endswith("\n")]
+    user = f"system:serviceaccount:{SYSTEM}:rljob-operator"
+    found = [
+        entry for entry in entries if entry["user"]["username"] == user and entry["objectRef"]["resource"] != "leases"
+    ]
+    return 60 * len(found) / seconds
+
+
+def calm(cluster: Cluster, what: str) -> None:
+    """No hot loop, and no operator that ended."""
+    rate = calls_per_minute(cluster)
+    print(f"{what}: {rate:.0f} API calls a minute")
+    assert rate <= MAX_CALLS_PER_MINUTE
+    pods = cluster.get("pods", f"--namespace={SYSTEM}", "--selector=app.kubernetes.io/component=operator")["items"]
+    assert [status["restartCount"] for pod in pods for status in pod["status"]["containerStatuses"]] == [0] * len(pods)
+
+
+def test_a_quota(team: Namespace, dev_cluster: Cluster) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {"hard": {"pods": "0"}}}
+    team.apply(quota)
+    job = Job.apply(team, quickstart("quota", steps=4))
+    condition = job.wait_for_condition("Ready", "False", "PodsRefused", timeout_seconds=90)
+    assert "exceeded quota: few" in condition["message"]
+    assert "Raise the quota" in condition["message"]
+    calm(dev_cluster, "quota")
+    team.kubectl("delete", "resourcequota", "few")
+    job.wait_for_condition("Succeeded", timeout_seconds=240)
+    job.delete()
+
+
+def test_a_template_that_the_security_level_refuses(team: Namespace) -> None:
+    container = {"name": "rollout", "securityContext": {"allowPrivilegeEscalation": True}}
+    document = quickstart("level", steps=4)
+    document["spec"]["rolloutPools"][0]["template"] = {"spec": {"containers": [container]}}
+    job = Job.apply(team, document)
+    condition = job.wait_for_condition("Ready", "False", "PodsRefused", timeout_seconds=60)
+    assert "allowPrivilegeEscalation" in condition["message"]
+    job.delete()
+
+
+def test_a_missing_claim(team: Namespace) -> None:
+    document = quickstart("unclaimed", steps=4)
+    document["spec"]["storage"]["checkpoint"]["persistentVolumeClaim"]["claimName"] = "absent"
+    job = Job.apply(team, document)
+    condition = job.wait_for_condition("Ready", "False", "PodsUnschedulable", timeout_seconds=60)
+    assert 'persistentvolumeclaim "absent" not found' in condition["message"]
+    job.delete()
+
+
+def test_a_missing_secret_that_is_mounted(team: Namespace) -> None:
+    spec = {
+        "volumes": [{"name": "data", "secret": {"secretName": "absent"}}],
+        "containers": [{"name": "trainer", "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
+    }
+    job = Job.apply(team, quickstart("unmounted", steps=4, trainer={"template": {"spec": spec}}))
+    condition = job.wait_for_condition("Ready", "False", "VolumeUnavailable", timeout_seconds=120)
+    assert 'secret "absent" not found' in condition["message"]
+    assert "Create the claim, Secret or ConfigMap" in condition["message"]
+    job.delete()
+
+
+def test_a_crashing_worker_is_named_with_what_it_said(team: Namespace) -> None:
+    document = quickstart("crashing", steps=4)
+    document["spec"]["environment"]["parameters"] = {"digits": 4, "turns": 12, "novel": 1}
+    job = Job.apply(team, document)
+    condition = job.wait_for_condition("Failed", timeout_seconds=120)
+    assert condition["reason"] == "InvalidConfiguration"
+    assert "novel" in condition["message"]
+    job.delete()
+
+
+def test_a_server_that_is_not_there(team: Namespace, dev_cluster: Cluster) -> None:
+    document = quickstart("alone", steps=4, messaging={"url": "nats://127.0.0.1:9"})
+    job = Job.apply(team, document)
+    condition = job.wait_for_condition("Degraded", "True", "MessagingUnavailable", timeout_seconds=60)
+    assert "no NATS server answered at nats://127.0.0.1:9" in condition["message"]
+    assert "Check messaging.url" in condition["message"]
+    calm(dev_cluster, "no NATS server")
+    # It is deleted all the same, after a while, and says that something may be left.
+    began = time.monotonic()
+    job.delete(timeout_seconds=240)
+    print(f"deleted without NATS after {time.monotonic() - began:.0f} s")
+    reasons = {event["reason"] for event in team.get("events")["items"]}
+    assert "CleanupAbandoned" in reasons
+
+
+def test_a_server_that_refuses_the_credentials(team: Namespace) -> None:
+    command = ["nats-server", "--jetstream", "--store_dir", "/tmp/js", "--user", "someone", "--pass", "secret"]
+    team.apply(restricted_pod("guarded", NATS_IMAGE, command))
+    address = team.wait_for_phase("guarded", "Running")["status"]["podIP"]
+    job = Job.apply(team, quickstart("stranger", steps=4, messaging={"url": f"nats://{address}:4222"}))
+    condition = job.wait_for_condition("Degraded", "True", "MessagingUnavailable", timeout_seconds=60)
+    assert "refuses these credentials: check messaging.credentialsSecretRef" in condition["message"]
+    # With the server gone, the deletion does not hang.
+    team.kubectl("delete", "pod", "guarded", "--wait=false")
+    job.delete(timeout_seconds=240)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "body"),
+    [
+        ("ConfigMap", "taken-trainer-1", {"data": {"mine": "1"}}),
+        (
+            "Job",
+            "taken-trainer-1",
+            {
+                "spec": {
+                    "suspend": True,
+                    "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "a", "image": "a"}]}},
+                }
+            },
+        ),
+        (
+            "Deployment",
+            "taken-main",
+            {
+                "spec": {
+                    "replicas": 0,
+                    "selector": {"matchLabels": {"a": "a"}},
+                    "template": {
+                        "metadata": {"labels": {"a": "a"}},
+                        "spec": {"containers": [{"name": "a", "image": "a"}]},
+                    },
+                }
+            },
+        ),
+    ],
+)
+def test_what_a_stranger_has_is_not_touched(team: Namespace, kind: str, name: str, body: dict[str, Any]) -> None:
+    versions = {"ConfigMap": "v1", "Job": "batch/v1", "Deployment": "apps/v1"}
+    # Even one that carries our labels.
+    metadata = {"name": name, "labels": {"rljob.dev/name": "taken", "app.kubernetes.io/managed-by": "rljob"}}
+    team.apply({"apiVersion": versions[kind], "kind": kind, "metadata": metadata, **body})
+    team.cluster.wait_for("its status", lambda: kind == "ConfigMap" or "status" in team.get(kind.lower(), name))
+    before = team.get(kind.lower(), name)
+    job = Job.apply(team, quickstart("taken", steps=4))
+    condition = job.wait_for_condition("Ready", "False", "ChildConflict")
+    assert condition["message"].startswith(f"{kind} {name} is in the way"), condition["message"]
+    time.sleep(6)
+    job.delete()
+    after = team.get(kind.lower(), name)
+    assert (after["metadata"]["uid"], after.get("spec"), after.get("data")) == (
+        before["metadata"]["uid"],
+        before.get("spec"),
+        before.get("data"),
+    )
+
+
+def test_a_role_that_lacks_a_verb(team: Namespace, dev_cluster: Cluster) -> None:
+    role = dev_cluster.get("clusterrole", "rljob-operator")
+    rules = [dict(rule) for rule in role["rules"]]
+    for rule in rules:
+        if rule["resources"] == ["poddisruptionbudgets"]:
+            rule["verbs"] = [verb for verb in rule["verbs"] if verb != "create"]
+    try:
+        dev_cluster.kubectl(
+            "patch", "clusterrole", "rljob-operator", "--type=merge", f"--patch={json.dumps({'rules': rules})}"
+        )
+        job = Job.apply(team, quickstart("unallowed", steps=4000))
+        condition = job.wait_for_condition("Ready", "False", "PermissionMissing", timeout_seconds=60)
+        assert "cannot create resource" in condition["message"]
+        assert "Install the chart's role of this version." in condition["message"]
+        calm(dev_cluster, "a verb is missing")
+    finally:
+        dev_cluster.kubectl(
+            "patch", "clusterrole", "rljob-operator", "--type=merge", f"--patch={json.dumps({'rules': role['rules']})}"
+        )
+    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
+    job.delete()
+
+
+@contextmanager
+def changed_crd(cluster: Cluster, change: Any) -> Iterator[None]:
+    """The installed CRD with another schema; as it was afterwards."""
+    before = cluster.get("crd", "rljobs.rljob.dev")["spec"]["versions"]
+    versions = json.loads(json.dumps(before))
+    change(versions[0]["schema"]["openAPIV3Schema"]["properties"])
+
+    def put(value: Any) -> None:
+        cluster.kubectl(
+            "patch",
+            "crd",
+            "rljobs.rljob.dev",
+            "--type=merge",
+            f"--patch={json.dumps({'spec': {'versions': value}})}",
+        )
+        time.sleep(3)  # the apiserver takes the new schema up a moment later
+
+    put(versions)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def test_a_crd_that_is_newer_than_the_operator(team: Namespace, dev_cluster: Cluster) -> None:
+    def change(properties: dict[str, Any]) -> None:
+        properties["spec"]["properties"]["novel"] = {"type": "string"}
+
+    with changed_crd(dev_cluster, change):
+        job = Job.apply(team, quickstart("newer", steps=4, novel="x"))
+        condition = job.wait_for_condition("Ready", "False", "InvalidConfiguration", timeout_seconds=60)
+        assert "spec.novel" in condition["message"]
+        assert "If the CRD is older or newer than the operator, install those of one version." in condition["message"]
+        calm(dev_cluster, "a newer CRD")
+        job.delete()
+
+
+def test_a_crd_that_is_older_than_the_operator(team: Namespace, dev_cluster: Cluster) -> None:
+    def change(properties: dict[str, Any]) -> None:
+        del properties["status"]["properties"]["throughput"]
+        del properties["status"]["properties"]["startedTime"]
+
+    with changed_crd(dev_cluster, change):
+        job = Job.apply(team, quickstart("older", steps=4000))
+        condition = job.wait_for_condition("Degraded", "True", "CrdOutdated", timeout_seconds=180)
+        assert "startedTime" in condition["message"]
+        assert "Install the CRD of the operator's version." in condition["message"]
+        calm(dev_cluster, "an older CRD")
+        job.delete()
