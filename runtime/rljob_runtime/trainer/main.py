@@ -64,6 +64,8 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         finished = _main(rank)
+    except _StoppedEarly:
+        finished = False
     except RljobError as error:
         logging.getLogger().error("trainer failed", extra={"error": str(error), "kind": type(error).__name__})
         _leave_word(termination.reason_of(error), 1, str(error), rank)
@@ -110,15 +112,20 @@ class Counters(FrozenModel):
     rolled_back: tuple[int, ...] = ()
 
 
+class _StoppedEarly(BaseException):
+    """A stop order before training began: there is nothing to checkpoint, and what is waited for may never come."""
+
+
 class _StopFlag:
     """Set by a signal; rank 0's leader passes it on."""
 
     def __init__(self) -> None:
         self.leader: Leader | None = None
-        self.is_set = False
+        self.is_training = False
 
     def set(self, *_: object) -> None:
-        self.is_set = True
+        if not self.is_training:
+            raise _StoppedEarly
         if self.leader is not None:
             self.leader.stop_requested = True
 
@@ -157,7 +164,6 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
         if background is not None and link is not None and publisher is not None:
             leader = _make_leader(settings, background, link, publisher, ledger, counters, model_directory, logger)
             stop.leader = leader
-            leader.stop_requested = stop.is_set
         trainer = Trainer(
             spec=spec,
             world=world,
@@ -171,6 +177,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             version=start.version,
             step=start.step,
         )
+        stop.is_training = True
         finished = trainer.run()
         if finished:
             _write_final_model(policy, settings.checkpoint_dir / "final", model_directory)
