@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_the_quickstart_trains_on_real_engines_to_the_end(team: Namespace) -> None:
     job = Job.apply(team, quickstart(steps=20, simulated=False))
     job.wait_for_condition("Ready", "True", "Training", timeout_seconds=240)
+    job.wait("both workers", lambda status: status["columns"]["rollouts"] == "2/2")
     rollouts = {pod["metadata"]["uid"] for pod in job.pods("main")}
     shown = team.kubectl("get", "rljobs")
     assert shown.splitlines()[0].split() == [

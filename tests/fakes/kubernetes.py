@@ -262,7 +262,10 @@ class FakeKubernetes:
                 key
                 for key, item in self.objects.items()
                 if self._is_gone(item)
-                or any(owner["uid"] not in uids for owner in item["metadata"].get("ownerReferences") or ())
+                or (
+                    any(owner["uid"] not in uids for owner in item["metadata"].get("ownerReferences") or ())
+                    and not item["metadata"].get("held")
+                )
             ]
             for key in gone:
                 del self.objects[key]

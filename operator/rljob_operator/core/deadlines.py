@@ -40,7 +40,7 @@ def missed(observed: Observed, spec: RLJobSpec) -> Plan | None:
             seen,
             Reason.START_DEADLINE_EXCEEDED,
             f"Trainer and minReplicas did not run within {spec.start_deadline_seconds} s (startDeadlineSeconds). "
-            + " ".join(missing),
+            + " ".join([*missing, "Correct what keeps them, or give startDeadlineSeconds more, and make a new job."]),
         )
     return None
 

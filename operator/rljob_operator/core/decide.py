@@ -64,7 +64,7 @@ def _run(observed: Observed, spec: RLJobSpec) -> Plan:
         actions=actions,
         status=status if status != observed.status else None,
         status_is_urgent=is_urgent(observed.status, status),
-        events=_events(observed.status, verdict),
+        events=_events(observed.status, status, verdict),
         requeue_after_seconds=LOOK_AGAIN_SECONDS if next_deadline is None else min(LOOK_AGAIN_SECONDS, next_deadline),
         coordinate=True,
     )
@@ -118,7 +118,7 @@ def _obstacle(observed: Observed) -> Verdict | None:
 
 def _refused(observed: Observed) -> Plan:
     """A spec that the installed CRD let pass and this operator does not take: nothing is touched."""
-    said = " ".join(f"{violation.path} {violation.reason}. {violation.remedy}" for violation in observed.violations[:5])
+    said = " ".join(str(violation) for violation in observed.violations[:5])
     verdict = Verdict(
         ConditionType.READY,
         "False",
@@ -129,13 +129,18 @@ def _refused(observed: Observed) -> Plan:
     status = with_conditions(observed, observed.status, verdict)
     if status == observed.status:
         return Plan()
-    return Plan(status=status, events=_events(observed.status, verdict))
+    return Plan(status=status, events=_events(observed.status, status, verdict))
 
 
-def _events(before: RLJobStatus, verdict: Verdict) -> tuple[Event, ...]:
-    """An Event where Ready's reason moved."""
-    if reason_of(before, ConditionType.READY) == verdict.reason:
-        return ()
-    if verdict.reason in (Reason.STARTING, Reason.TRAINING, Reason.RESTARTING):
-        return (Event("Normal", verdict.reason, verdict.message),)
-    return (Event("Warning", verdict.reason, verdict.message),)
+def _events(before: RLJobStatus, after: RLJobStatus, ready: Verdict) -> tuple[Event, ...]:
+    """An Event where Ready's reason moved, and where the job became degraded in another way."""
+    found = []
+    if reason_of(before, ConditionType.READY) != ready.reason:
+        is_normal = ready.reason in (Reason.STARTING, Reason.TRAINING, Reason.RESTARTING)
+        found.append(Event("Normal" if is_normal else "Warning", ready.reason, ready.message))
+    degraded = condition_of(after.conditions, ConditionType.DEGRADED)
+    was = condition_of(before.conditions, ConditionType.DEGRADED)
+    if degraded is not None and degraded.status == "True" and isinstance(degraded.reason, Reason):
+        if was is None or (was.status, was.reason) != (degraded.status, degraded.reason):
+            found.append(Event("Warning", degraded.reason, degraded.message))
+    return tuple(found)

@@ -17,6 +17,7 @@ from rljob_api.reasons import Reason
 from rljob_api.spec import RLJobSpec
 from rljob_operator.core.observed import Container, Observed, Pod, PodCondition, Termination, TrainerJob
 
+EXIT_SIGTERM = 143
 HOPELESS = (Reason.INVALID_CONFIGURATION, Reason.ACCELERATOR_MISSING)
 
 
@@ -148,6 +149,8 @@ def _rollout_failures(observed: Observed, pool: str, job: TrainerJob) -> list[Fa
             for termination in (container.ended, container.ended_before):
                 if termination is None or termination.exit_code == 0:
                     continue
+                if pod.deleted_at is not None and termination.exit_code == EXIT_SIGTERM:
+                    continue  # told to go before it could say how
                 if termination.finished_at is None or termination.finished_at < job.created_at:
                     continue
                 how = _how(pod, termination)

@@ -319,7 +319,8 @@ def _degraded_verdict(observed: Observed) -> Verdict:
             kind,
             "True",
             Reason.LAGGING_WORKERS,
-            f"{len(coordination.laggards)} rollout workers have not converged within weightSync.timeoutSeconds.",
+            f"{len(coordination.laggards)} rollout workers have not converged within weightSync.timeoutSeconds and are started "
+            "again. Look at their logs; a longer timeout helps where loading a version takes so long.",
         )
     return Verdict(kind, "False", Reason.HEALTHY, "Nothing is degraded.")
 

@@ -12,6 +12,8 @@ from rljob_operator.core.pods import present
 from rljob_operator.core.status import Verdict, changed, holds, is_urgent, summarised, with_conditions
 
 _SUSPENDED = "The job is suspended and has no pods. Set spec.suspend to false to go on from the last checkpoint."
+_NOT_STARTED = "The job is suspended and has not begun. Set spec.suspend to false to start it."
+_PARTS = (ConditionType.TRAINER_READY, ConditionType.ROLLOUTS_READY, ConditionType.WEIGHTS_CONVERGED)
 _SUSPENDING = "The trainer checkpoints and the pods are going away."
 
 
@@ -25,12 +27,18 @@ def suspend(observed: Observed, spec: RLJobSpec) -> Plan:
     ]
     gone = not actions and not observed.trainer_jobs and not present(observed.pods, observed.now)
     seen = summarised(observed, spec, observed.status) if observed.status.attempt else observed.status
+    message = _SUSPENDED if observed.status.attempt else _NOT_STARTED
     if gone:
         status = with_conditions(
             observed,
             changed(seen, start_time=None, started_time=None),
-            Verdict(ConditionType.SUSPENDED, "True", Reason.SUSPENDED, _SUSPENDED),
-            Verdict(ConditionType.READY, "False", Reason.SUSPENDED, _SUSPENDED),
+            Verdict(ConditionType.SUSPENDED, "True", Reason.SUSPENDED, message),
+            Verdict(ConditionType.READY, "False", Reason.SUSPENDED, message),
+            *(
+                Verdict(part, "False", Reason.SUSPENDED, "The job is suspended.")
+                for part in _PARTS
+                if observed.status.attempt
+            ),
         )
     else:
         status = with_conditions(
@@ -41,7 +49,7 @@ def suspend(observed: Observed, spec: RLJobSpec) -> Plan:
         )
     events: tuple[Event, ...] = ()
     if gone and not holds(observed.status, ConditionType.SUSPENDED):
-        events = (Event("Normal", Reason.SUSPENDED, _SUSPENDED),)
+        events = (Event("Normal", Reason.SUSPENDED, message),)
     return Plan(
         actions=tuple(actions),
         status=status if status != observed.status else None,

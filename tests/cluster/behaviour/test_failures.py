@@ -56,7 +56,7 @@ def test_rules_are_asked_in_their_order(team: Namespace) -> None:
             "action": "RestartJob",
             "countsTowardMax": False,
         },
-        {"name": "never", "action": "FailJob"},
+        {"name": "never", "pools": ["trainer"], "action": "FailJob"},
     )
     job = running(team, "rules", failurePolicy=policy(*rules, max_restarts=0))
     before, trainer = uids(job, "main"), uids(job, "trainer")

@@ -109,7 +109,7 @@ def test_killed_three_times_in_mid_run_each_successor_writes_within_20_seconds(
 
 def kill_processes_of(cluster: Cluster, pod: str) -> None:
     """kill -9 of all processes of an operator pod."""
-    found = processes_of(cluster.get("pod", pod, f"--namespace={SYSTEM}"))
+    found = processes_of(cluster.get("pod", pod, f"--namespace={SYSTEM}"), "rljob")
     assert found, f"no process of pod {pod} is seen from here"
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
