@@ -95,8 +95,10 @@ def _next(
 def _fatal(judgement: Judgement) -> tuple[Reason, str]:
     reason = judgement.failure.reason
     if judgement.rule:
-        return Reason.FAILURE_POLICY, f"{_sentence(judgement)} Rule {judgement.rule} of failurePolicy fails the job. "
-            "Look at the pod's log, mend the cause and make a new job."
+        return Reason.FAILURE_POLICY, (
+            f"{_sentence(judgement)} Rule {judgement.rule} of failurePolicy fails the job. Look at the pod's log, mend the "
+            "cause and make a new job."
+        )
     known = next((hopeless for hopeless in HOPELESS if hopeless == reason), Reason.FAILURE_POLICY)
     remedy = {
         Reason.INVALID_CONFIGURATION: "Trying again cannot help: correct the spec and make a new job.",

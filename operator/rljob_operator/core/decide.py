@@ -140,7 +140,7 @@ def _events(before: RLJobStatus, after: RLJobStatus, ready: Verdict) -> tuple[Ev
         found.append(Event("Normal" if is_normal else "Warning", ready.reason, ready.message))
     degraded = condition_of(after.conditions, ConditionType.DEGRADED)
     was = condition_of(before.conditions, ConditionType.DEGRADED)
-    if degraded is not None and degraded.status == "True" and isinstance(degraded.reason, Reason):
-        if was is None or (was.status, was.reason) != (degraded.status, degraded.reason):
-            found.append(Event("Warning", degraded.reason, degraded.message))
+    is_new = was is None or degraded is None or (was.status, was.reason) != (degraded.status, degraded.reason)
+    if degraded is not None and degraded.status == "True" and isinstance(degraded.reason, Reason) and is_new:
+        found.append(Event("Warning", degraded.reason, degraded.message))
     return tuple(found)

@@ -31,7 +31,7 @@ def suspend(observed: Observed, spec: RLJobSpec) -> Plan:
     if gone:
         status = with_conditions(
             observed,
-            changed(seen, start_time=None, started_time=None),
+            changed(seen, conditions=observed.status.conditions, start_time=None, started_time=None),
             Verdict(ConditionType.SUSPENDED, "True", Reason.SUSPENDED, message),
             Verdict(ConditionType.READY, "False", Reason.SUSPENDED, message),
             *(
