@@ -16,7 +16,7 @@ TEST_PROCESSES ?= 2
 # Nodes of the dev cluster. Its name and cache: RLJOB_CLUSTER, RLJOB_CACHE (docs/dev-cluster.md).
 NODES ?= 1
 
-.PHONY: help setup demo test lint type fmt generate verify bench cluster cluster-down e2e clean
+.PHONY: help setup demo test lint type fmt generate verify bench cluster cluster-down e2e e2e-all clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -66,13 +66,19 @@ cluster-down: setup  ## take it away; prints what is left
 
 e2e: setup  ## tests on a real Kubernetes: the dev cluster, or the one that KUBECONFIG names
 ifdef KUBECONFIG
-	@$(BIN)/python -m pytest tests/cluster
+	@$(BIN)/python -m pytest tests/cluster --ignore tests/cluster/behaviour
 else
 	@trap '$(BIN)/python -m tools.devcluster down' EXIT; \
 	  $(BIN)/python -m tools.devcluster up --nodes $(NODES) && $(BIN)/python -m tools.devcluster exec -- \
 	    sh -c 'RLJOB_E2E_KUBECONFIG=$$KUBECONFIG exec $(BIN)/python -m pytest -q tests/schema/test_on_apiserver.py' \
-	  && $(BIN)/python -m pytest tests/cluster
+	  && $(BIN)/python -m pytest tests/cluster --ignore tests/cluster/behaviour
 endif
+
+e2e-all: setup  ## the same, and every behaviour of the operator, most with the simulated engine; writes docs/e2e.md (about 45 minutes)
+	@trap '$(BIN)/python -m tools.devcluster down' EXIT; \
+	  $(BIN)/python -m tools.devcluster up --nodes $(NODES) && $(BIN)/python -m tools.devcluster exec -- \
+	    sh -c 'RLJOB_E2E_KUBECONFIG=$$KUBECONFIG exec $(BIN)/python -m pytest -q tests/schema/test_on_apiserver.py' \
+	  && RLJOB_E2E_LOG=docs/e2e.md RLJOB_E2E_STEPS=60 $(BIN)/python -m pytest tests/cluster
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

@@ -18,6 +18,7 @@ import pytest
 from tools.devcluster import binaries, network
 from tools.devcluster.layout import REPOSITORY, Layout
 
+from tests.cluster import e2e_log
 from tests.cluster.cluster import RESTRICTED, Cluster, Namespace
 from tests.cluster.rljobs import SYSTEM, install, uninstall
 
@@ -46,11 +47,23 @@ def dev_cluster(cluster: Cluster) -> Cluster:
     return cluster
 
 
+_reports: list[pytest.TestReport] = []
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Say at once why a test failed: a run takes long, and the summary comes at its end."""
+    if report.when == "call" or report.outcome != "passed":
+        _reports.append(report)
     if report.failed:
         lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
         print("\n" + "\n".join(lines[:40] or report.longreprtext.splitlines()[-40:]), flush=True)
+
+
+def pytest_sessionfinish() -> None:
+    """Where RLJOB_E2E_LOG names a file, what was run and seen goes there."""
+    path = os.environ.get("RLJOB_E2E_LOG")
+    if path:
+        e2e_log.write(Path(path), _reports)
 
 
 _numbers = itertools.count()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -14,45 +15,33 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def test_the_quickstart_trains_on_real_engines_to_the_end(team: Namespace) -> None:
-    job = Job.apply(team, quickstart(steps=20, simulated=False))
+    steps = int(os.environ.get("RLJOB_E2E_STEPS", "20"))
+    job = Job.apply(team, quickstart(steps=steps, simulated=False))
     job.wait_for_condition("Ready", "True", "Training", timeout_seconds=240)
     job.wait("both workers", lambda status: status["columns"]["rollouts"] == "2/2")
     rollouts = {pod["metadata"]["uid"] for pod in job.pods("main")}
     shown = team.kubectl("get", "rljobs")
-    assert shown.splitlines()[0].split() == [
-        *(
-            "NAME",
-            "READY",
-            "REASON",
-            "STEP",
-            "VERSION",
-            "CONVERGED",
-            "STALENESS",
-            "ROLLOUTS",
-            "TRAINER",
-            "RESTARTS",
-            "AGE",
-        )
-    ]
+    columns = "NAME READY REASON STEP VERSION CONVERGED STALENESS ROLLOUTS TRAINER RESTARTS AGE"
+    assert " ".join(shown.splitlines()[0].split()) == columns
     ready = {pod["metadata"]["uid"]: _ready_since(pod) for pod in job.pods("main")}
     logs = team.kubectl("logs", f"--selector=rljob.dev/name={job.name},rljob.dev/pool=trainer", "--tail=50")
     assert '"event": "resumed"' not in logs and '"process": "trainer-0"' in logs
-    job.wait("step 15", lambda status: status.get("step", 0) >= 15, timeout_seconds=300)
+    job.wait("most steps", lambda status: status.get("step", 0) >= steps - 5, timeout_seconds=300)
     # Versions came and went: no Ready condition of a rollout pod moved, and none was replaced.
     assert {pod["metadata"]["uid"]: _ready_since(pod) for pod in job.pods("main")} == ready
     assert set(ready) == rollouts
     status = job.wait_for_condition("Succeeded", timeout_seconds=300) and job.status
-    assert status["step"] == 20
+    assert status["step"] == steps
     assert status["correction"]["exactFraction"] == "1.000"
     assert status["correction"]["route"] == "Snapshot"
-    assert status["correction"]["tokens"]["lost" if "lost" in status["correction"]["tokens"] else "trained"] >= 0
-    assert status["finalModel"] == {"version": 20, "uri": f"pvc://quickstart/{job.name}/final"}
+    assert status["correction"]["tokens"]["lost"] == 0
+    assert status["finalModel"] == {"version": steps, "uri": f"pvc://quickstart/{job.name}/final"}
     assert status["restarts"]["total"] == 0
     assert job.condition("Ready") | {"lastTransitionTime": ""} == {
         "type": "Ready",
         "status": "False",
         "reason": "Succeeded",
-        "message": f"All 20 steps are trained. The final model is pvc://quickstart/{job.name}/final.",
+        "message": f"All {steps} steps are trained. The final model is pvc://quickstart/{job.name}/final.",
         "observedGeneration": 1,
         "lastTransitionTime": "",
     }

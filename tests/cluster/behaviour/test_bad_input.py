@@ -37,7 +37,7 @@ def calls_per_minute(cluster: Cluster, seconds: float = 30) -> float:
 def calm(cluster: Cluster, what: str) -> None:
     """No hot loop, and no operator that ended."""
     rate = calls_per_minute(cluster)
-    print(f"{what}: {rate:.0f} API calls a minute")
+    print(f"seen: {what}: {rate:.0f} API calls a minute")
     assert rate <= MAX_CALLS_PER_MINUTE
     pods = cluster.get("pods", f"--namespace={SYSTEM}", "--selector=app.kubernetes.io/component=operator")["items"]
     assert [status["restartCount"] for pod in pods for status in pod["status"]["containerStatuses"]] == [0] * len(pods)
@@ -107,7 +107,7 @@ def test_a_server_that_is_not_there(team: Namespace, dev_cluster: Cluster) -> No
     # It is deleted all the same, after a while, and says that something may be left.
     began = time.monotonic()
     job.delete(timeout_seconds=240)
-    print(f"deleted without NATS after {time.monotonic() - began:.0f} s")
+    print(f"seen: deleted without NATS after {time.monotonic() - began:.0f} s")
     reasons = {event["reason"] for event in team.get("events")["items"]}
     assert "CleanupAbandoned" in reasons
 

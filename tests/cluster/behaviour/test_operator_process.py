@@ -89,7 +89,7 @@ def test_killed_three_times_in_mid_run_each_successor_writes_within_20_seconds(
             kill_processes_of(dev_cluster, holder)
             waits.append(first_write_after(dev_cluster, byte, time.time()))
             job.wait("further steps", lambda status, seen=step: status["step"] > seen + 2, timeout_seconds=60)
-        print(f"first write of the successor after kill -9: {', '.join(f'{wait:.1f} s' for wait in waits)}")
+        print(f"seen: first write of the successor after kill -9: {', '.join(f'{wait:.1f} s' for wait in waits)}")
         assert max(waits) <= 20
         # In order: the lease is given up, and the standby need not wait for its end.
         time.sleep(5)
@@ -97,7 +97,7 @@ def test_killed_three_times_in_mid_run_each_successor_writes_within_20_seconds(
         job.patch(rolloutPools=[{**quickstart(steps=1)["spec"]["rolloutPools"][0], "replicas": 2, "minReplicas": 2}])
         dev_cluster.kubectl("delete", "pod", holder, f"--namespace={SYSTEM}", "--wait=false")
         wait = first_write_after(dev_cluster, byte, time.time())
-        print(f"after SIGTERM: {wait:.1f} s")
+        print(f"seen: after SIGTERM: {wait:.1f} s")
         assert wait <= 8
     finally:
         dev_cluster.kubectl("scale", "deployment/rljob-operator", "--replicas=1", f"--namespace={SYSTEM}")
@@ -147,7 +147,7 @@ def test_killed_after_each_of_its_writes_it_makes_no_second_gang_and_counts_exac
         team.kubectl("delete", "rljob", job.name, "--wait=false")
         play.until_gone(job)
     assert play.deaths >= 25, play.deaths
-    print(f"{play.deaths} operators died, each after one write")
+    print(f"seen: {play.deaths} operators died, each after one write")
     left = team.kubectl(
         "get", "jobs,deployments,pods,services,configmaps,poddisruptionbudgets", "--output=name"
     ).split()
@@ -255,7 +255,7 @@ def test_at_rest_only_the_lease_is_written_and_a_running_job_costs_one_write_in_
         assert entry["objectRef"]["subresource"] == "status", entry
         by_job[entry["objectRef"]["name"]] = by_job.get(entry["objectRef"]["name"], 0) + 1
     versions = running.status["step"] - step
-    print(f"in {seconds:.0f} s: writes by job {by_job}, {versions} versions")
+    print(f"seen: in {seconds:.0f} s: writes by job {by_job}, {versions} versions")
     assert set(by_job) <= {running.name}
     assert by_job.get(running.name, 0) <= seconds / 5 + 1
     assert versions > 40
