@@ -18,6 +18,12 @@ class JobNames:
 
     uid: str
 
+    @classmethod
+    def of_tasks_stream(cls, stream: str) -> JobNames | None:
+        """The job whose task stream has this name; None where it is no such stream."""
+        uid = stream.removeprefix("rljob-").removesuffix("-tasks")
+        return cls(uid) if uid and stream == cls(uid).tasks_stream else None
+
     # Streams and their subjects.
     @property
     def tasks_stream(self) -> str:

@@ -36,6 +36,7 @@ LEASE_NAME = "rljob-operator"
 STUCK_QUEUE_SECONDS = 300.0
 STUCK_WATCH_SECONDS = 180.0
 STUCK_LOOP_SECONDS = 30.0
+SWEEP_SECONDS = 300.0
 
 
 def main() -> int:
@@ -93,6 +94,7 @@ class Operator:
             credentials=self._settings.nats_credentials,
             restart_pod=restart_pod,
             changed=lambda namespace, name: queue.add((namespace, name)),
+            owner=lambda: leader.lease_uid,
             wall_clock=now,
             logger=self._logger,
         )
@@ -140,7 +142,9 @@ class Operator:
                 await asyncio.sleep(0.5)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, self._stop.set)
-                running.append(tasks.create_task(self._lead(leader, caches, queue, reconciler), name="lead"))
+                running.append(
+                    tasks.create_task(self._lead(leader, caches, queue, reconciler, coordination), name="lead")
+                )
                 await self._until_stopped(running)
                 kopf_stop.set()
                 await coordination.stop()
@@ -164,7 +168,14 @@ class Operator:
                     raise error
             raise RljobError(f"a part of the operator ended by itself: {ended[0].get_name()}")
 
-    async def _lead(self, leader: Leader, caches: dict[Kind, Cache], queue: WorkQueue, reconciler: Reconciler) -> None:
+    async def _lead(
+        self,
+        leader: Leader,
+        caches: dict[Kind, Cache],
+        queue: WorkQueue,
+        reconciler: Reconciler,
+        coordination: Coordination,
+    ) -> None:
         for cache in caches.values():
             await cache.synced.wait()
         async with asyncio.TaskGroup() as tasks:
@@ -174,6 +185,20 @@ class Operator:
                 queue.add((rljob["metadata"]["namespace"], rljob["metadata"]["name"]))
             for _ in range(self._settings.workers):
                 tasks.create_task(reconciler.run())
+            tasks.create_task(self._sweeps(leader, coordination, caches))
+
+    async def _sweeps(self, leader: Leader, coordination: Coordination, caches: dict[Kind, Cache]) -> None:
+        def known() -> frozenset[str]:
+            return frozenset(rljob["metadata"]["uid"] for rljob in rljobs(caches))
+
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            if not leader.is_leader():
+                continue
+            try:
+                await coordination.sweep(known)
+            except RljobError as error:
+                self._logger.warning("sweep failed", extra={"error": str(error)})
 
     def _cache(self, api: Api, kind: Kind, queue: WorkQueue) -> Cache:
         def changed(item: Object) -> None:

@@ -68,6 +68,7 @@ TRANSIENT = (
     ConnectionError,
 )
 """What an outage looks like from here."""
+OWNER_KEY = "rljob.dev/owner"
 STREAM_FULL = frozenset({10077, 10122, 10123})
 """Error codes of a discard-new stream at its bound; the server sends them as 503, which is otherwise an outage."""
 NO_SPACE = "no space left on device"
@@ -193,15 +194,22 @@ class Link:
 
     # ------------------------------------------------------------------------------------------- the job's own state
 
-    async def ensure_state(self, limits: StateLimits, *, deadline_seconds: float = OPERATION_SECONDS) -> None:
+    async def ensure_state(
+        self, limits: StateLimits, *, owner: str = "", deadline_seconds: float = OPERATION_SECONDS
+    ) -> None:
         """Create the job's streams, buckets and consumer where they are missing. Idempotent.
+
+        Args:
+            limits: bounds of what is created; of what is there, only a task stream that is too short grows.
+            owner: who may sweep the state away when nobody knows the job any more; written on the task stream.
+            deadline_seconds: for all of it.
 
         Raises:
             DeadlineExceeded: NATS was away for too long.
         """
-        await self.retry("ensure_state", lambda: self._create_state(limits), deadline_seconds=deadline_seconds)
+        await self.retry("ensure_state", lambda: self._create_state(limits, owner), deadline_seconds=deadline_seconds)
 
-    async def _create_state(self, limits: StateLimits) -> None:
+    async def _create_state(self, limits: StateLimits, owner: str) -> None:
         names, manager = self.names, self.jetstream
         streams = (
             StreamConfig(
@@ -213,6 +221,7 @@ class Link:
                 max_msgs_per_subject=1,
                 max_msgs=limits.max_tasks,
                 storage=StorageType.FILE,
+                metadata={OWNER_KEY: owner} if owner else None,
             ),
             StreamConfig(
                 name=names.trajectories_stream,
@@ -278,21 +287,41 @@ class Link:
         return True
 
     async def delete_state(self, *, deadline_seconds: float = OPERATION_SECONDS) -> None:
-        """Remove everything the job keeps in NATS. Idempotent.
+        """Remove everything the job keeps in NATS, its task stream last: by that a sweep finds what is left. Idempotent.
 
         Raises:
             DeadlineExceeded: NATS was away for too long.
         """
         names = self.names
         for stream in (
-            names.tasks_stream,
             names.trajectories_stream,
             names.steps_stream,
             f"KV_{names.control_bucket}",
             f"KV_{names.liveness_bucket}",
             f"OBJ_{names.blob_bucket}",
+            names.tasks_stream,
         ):
             await self.retry("delete_state", partial(self._delete, stream), deadline_seconds=deadline_seconds)
+
+    async def jobs_of(self, owner: str, *, deadline_seconds: float = OPERATION_SECONDS) -> tuple[JobNames, ...]:
+        """All jobs on this server whose state was created for this owner.
+
+        Raises:
+            DeadlineExceeded: NATS was away for too long.
+        """
+
+        async def attempt() -> tuple[JobNames, ...]:
+            found: list[JobNames] = []
+            offset = 0
+            while page := await self.jetstream.streams_info(offset=offset):
+                offset += len(page)
+                for info in page:
+                    names = JobNames.of_tasks_stream(info.config.name or "")
+                    if names is not None and (info.config.metadata or {}).get(OWNER_KEY) == owner:
+                        found.append(names)
+            return tuple(found)
+
+        return await self.retry("jobs_of", attempt, deadline_seconds=deadline_seconds)
 
     async def _delete(self, stream: str) -> None:
         try:

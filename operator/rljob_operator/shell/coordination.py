@@ -54,7 +54,10 @@ class _Job:
 
 
 class Coordination:
-    """All jobs of this operator. `changed(namespace, name)` asks for a pass."""
+    """All jobs of this operator.
+
+    `changed(namespace, name)` asks for a pass; `owner()` names this installation on what it creates in NATS.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Coordination:
         credentials: Path | None,
         restart_pod: RestartPod,
         changed: Callable[[str, str], None],
+        owner: Callable[[], str],
         wall_clock: Callable[[], datetime],
         logger: logging.Logger,
     ) -> None:
@@ -70,11 +74,14 @@ class Coordination:
         self._credentials = credentials
         self._restart_pod = restart_pod
         self._changed = changed
+        self._owner = owner
         self._wall_clock = wall_clock
         self._logger = logger
         self._jobs: dict[str, _Job] = {}
         self._gone: dict[str, float] = {}
         """uid of jobs whose state was deleted -> when."""
+        self._orphans: set[str] = set()
+        """uids that the last sweep found without an RLJob."""
 
     @property
     def running(self) -> int:
@@ -134,6 +141,31 @@ class Coordination:
         self._gone[identity.uid] = time.monotonic()
         self._logger.info("NATS state deleted", extra={"rljob": f"{identity.namespace}/{identity.name}"})
 
+    async def sweep(self, known: Callable[[], frozenset[str]]) -> int:
+        """Delete what is left on the operator's server of jobs that are gone: those whose deletion NATS did not see.
+
+        Only state that this installation created, and that two looks a while apart found without an RLJob: `known()`
+        gives the uids that there are. Returns how many jobs it removed.
+
+        Raises:
+            RljobError: NATS does not answer.
+        """
+        link = await self._connect(JobNames("sweep"), self._default_url)
+        try:
+            owned = {names.uid for names in await link.jobs_of(self._owner(), deadline_seconds=CHECK_SECONDS)}
+        finally:
+            await link.close()
+        orphans = owned - known()
+        doomed, self._orphans = orphans & self._orphans, orphans
+        for uid in doomed:
+            link = await self._connect(JobNames(uid), self._default_url)
+            try:
+                await link.delete_state(deadline_seconds=CHECK_SECONDS)
+            finally:
+                await link.close()
+            self._logger.warning("NATS state of a job that is gone was removed", extra={"uid": uid})
+        return len(doomed)
+
     async def stop(self) -> None:
         """Stop all coordinators."""
         for uid in list(self._jobs):
@@ -146,7 +178,9 @@ class Coordination:
             try:
                 link = await self._connect(JobNames(job.identity.uid), job.url)
                 try:
-                    await link.ensure_state(StateLimits.of(job.spec), deadline_seconds=CHECK_SECONDS)
+                    await link.ensure_state(
+                        StateLimits.of(job.spec), owner=self._owner(), deadline_seconds=CHECK_SECONDS
+                    )
                     await _tell_settings(link, job)
                     await self._coordinate(job, link)
                 finally:

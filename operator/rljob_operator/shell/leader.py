@@ -53,6 +53,8 @@ class Leader:
         """(resourceVersion of the lease, when it was first seen)"""
         self._is_released = False
         self.acquired = asyncio.Event()
+        self.lease_uid = ""
+        """Of the Lease object: the name of this installation, over restarts and upgrades."""
 
     def is_leader(self) -> bool:
         """Whether this process may write right now."""
@@ -104,10 +106,12 @@ class Leader:
             lease = await self._api.get(LEASE, self._namespace, self._name)
         except NotFound:
             body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": self._name}}
-            await self._api.create(LEASE, self._namespace, {**body, "spec": self._spec(0)})
+            made = await self._api.create(LEASE, self._namespace, {**body, "spec": self._spec(0)})
+            self.lease_uid = made["metadata"]["uid"]
             return True
         if not self._may_take(lease):
             return False
+        self.lease_uid = lease["metadata"]["uid"]
         spec = lease["spec"]
         changes = int(spec.get("leaseTransitions") or 0) + (0 if spec.get("holderIdentity") == self._identity else 1)
         acquired = spec.get("acquireTime") if spec.get("holderIdentity") == self._identity else None

@@ -251,7 +251,7 @@ class LeaseApi:
     async def create(self, kind: Any, namespace: str, body: Any) -> dict[str, Any]:
         if self.lease is not None:
             raise AlreadyExists(409, "AlreadyExists", "")
-        self.lease = {"metadata": {"resourceVersion": "1"}, "spec": dict(body["spec"])}
+        self.lease = {"metadata": {"resourceVersion": "1", "uid": "lease"}, "spec": dict(body["spec"])}
         return self.lease
 
     async def replace(self, kind: Any, namespace: str, name: str, body: Any) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class LeaseApi:
         if body["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
             raise Conflict(409, "Conflict", "")
         version = str(int(self.lease["metadata"]["resourceVersion"]) + 1)
-        self.lease = {"metadata": {"resourceVersion": version}, "spec": dict(body["spec"])}
+        self.lease = {"metadata": {"resourceVersion": version, "uid": "lease"}, "spec": dict(body["spec"])}
         return self.lease
 
 
