@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,16 @@ class Job:
             return False
 
         self.namespace.cluster.wait_for(f"rljob {self.name} to be gone", gone, timeout_seconds=timeout_seconds)
+
+
+def operator_metrics(cluster: Cluster) -> dict[str, float]:
+    """The operator's series, `name{labels}` -> value, read from its pod."""
+    pods = cluster.get("pods", f"--namespace={SYSTEM}", "--selector=app.kubernetes.io/component=operator")["items"]
+    (address,) = [pod["status"]["podIP"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+    with urllib.request.urlopen(f"http://{address}:8080/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, _, value in found}
 
 
 def processes_of(pod: dict[str, Any], pattern: str = "") -> list[int]:

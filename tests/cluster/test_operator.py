@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.cluster.cluster import Cluster, KubectlError, Namespace
-from tests.cluster.rljobs import SYSTEM, Job, quickstart
+from tests.cluster.rljobs import SYSTEM, Job, operator_metrics, quickstart
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -68,7 +68,10 @@ def test_a_killed_trainer_is_restarted_from_its_checkpoint_as_a_new_attempt(team
     resumed = next(json.loads(line) for line in log.splitlines() if '"event": "resumed"' in line)
     assert resumed["step"] >= saved
     assert {pod["metadata"]["uid"] for pod in job.pods("main")} <= rollouts
+    series = f'rljob_step{{namespace="{team.name}",rljob="{job.name}"}}'
+    assert operator_metrics(team.cluster)[series] == 40
     job.delete()
+    assert not [name for name in operator_metrics(team.cluster) if team.name in name], "they go with the job"
 
 
 def test_suspend_stops_all_pods_and_resume_goes_on_from_the_checkpoint(team: Namespace) -> None:

@@ -149,6 +149,7 @@ class Api:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_SECONDS, sock_read=SILENCE_SECONDS)
         path = kind.path(namespace)
         response = await self._request("GET", path, query, None, "application/json", timeout)
+        self._counted("watch", kind.plural, response.status)
         try:
             if response.status != 200:
                 raise _error(await _answer(response), response.status, "watch", kind)
@@ -183,7 +184,9 @@ class Api:
         Raises:
             NotFound, Conflict, Refused, ApiError
         """
-        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
+        # An older CRD drops fields of the status: who wrote them looks what is left, a refusal would stop all of it.
+        validation = "Ignore" if subresource == "status" else "Strict"
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": validation}
         path = kind.path(namespace, name, subresource)
         return await self._call("patch", kind, "PATCH", path, query, patch, "application/merge-patch+json")
 
