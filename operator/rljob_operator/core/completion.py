@@ -9,7 +9,7 @@ from rljob_api.names import KIND
 from rljob_api.reasons import ConditionType, Reason
 from rljob_api.spec import RLJobSpec
 from rljob_api.status import RLJobStatus
-from rljob_operator.core.observed import Observed
+from rljob_operator.core.observed import Observed, TrainerJob
 from rljob_operator.core.plan import Action, Delete, DeleteState, Event, Plan
 from rljob_operator.core.pods import living
 from rljob_operator.core.status import Verdict, changed, holds, text_of, time_of, with_conditions
@@ -55,7 +55,8 @@ def after_the_end(observed: Observed) -> Plan:
     """Free what the finished job holds; the trainer's ended pods stay for their logs, until the TTL or the deletion."""
     actions: list[Action] = []
     for job in observed.trainer_jobs:
-        if not (job.is_complete or job.is_failed or job.is_deleting):
+        # One whose pod has ended will say so itself in a moment, and then its log can be read on.
+        if not (job.is_complete or job.is_failed or job.is_deleting or _is_ending(observed, job)):
             actions.append(Delete("Job", job.name, job.uid))
     actions += [Delete("Deployment", item.name, item.uid) for item in observed.deployments if not item.is_deleting]
     actions += [
@@ -74,6 +75,15 @@ def after_the_end(observed: Observed) -> Plan:
     if left > timedelta(0):
         return Plan(actions=tuple(actions), requeue_after_seconds=left.total_seconds())
     return Plan(actions=(*actions, Delete(KIND, observed.identity.name, observed.identity.uid)))
+
+
+def _is_ending(observed: Observed, job: TrainerJob) -> bool:
+    return any(
+        container.ended is not None
+        for pod in observed.trainer_pods
+        if pod.attempt == job.attempt
+        for container in pod.containers
+    )
 
 
 def _end(

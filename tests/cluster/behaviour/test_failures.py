@@ -121,12 +121,8 @@ def test_an_evicted_trainer_starts_anew_and_a_rule_by_pod_condition_does_not_cou
 
 
 def test_a_trainer_without_heartbeats_is_started_anew(team: Namespace) -> None:
-    document = quickstart("stalled", steps=2000)
-    document["spec"]["trainer"] |= {
-        "stallSeconds": 15,
-        "template": {"spec": {"terminationGracePeriodSeconds": 10, "containers": [{"name": "trainer"}]}},
-    }
-    job = Job.apply(team, document)
+    template = {"spec": {"terminationGracePeriodSeconds": 10, "containers": [{"name": "trainer"}]}}
+    job = Job.apply(team, quickstart("stalled", steps=2000, trainer={"stallSeconds": 15, "template": template}))
     job.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
     job.kill(job.pods("trainer")[0], RANK, signal.SIGSTOP)
     job.wait("attempt 2", lambda status: status["attempt"] == 2, timeout_seconds=90)

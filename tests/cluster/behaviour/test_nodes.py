@@ -66,7 +66,7 @@ def preferring(node: str) -> dict[str, Any]:
 def test_a_gang_of_two_pods_on_two_nodes_trains_with_two_pools_of_different_size(team2: Namespace) -> None:
     document = quickstart("gang", steps=12)
     pool = document["spec"]["rolloutPools"][0]
-    document["spec"]["trainer"] |= {"replicas": 2, "template": template("trainer", **SPREAD)}
+    document["spec"]["trainer"] = {"replicas": 2, "template": template("trainer", **SPREAD)}
     document["spec"]["rolloutPools"] = [
         {**pool, "name": "large", "replicas": 2},
         {**pool, "name": "small", "replicas": 1},
@@ -98,7 +98,7 @@ def test_a_drain_takes_one_engine_after_the_other_and_the_trainer_goes_on_elsewh
         "countsTowardMax": False,
     }
     document = quickstart("drained", steps=2000, failurePolicy={"maxRestarts": 0, "rules": [rule]})
-    document["spec"]["trainer"]["template"] = template("trainer", **preferring("node-1"))
+    document["spec"]["trainer"] = {"template": template("trainer", **preferring("node-1"))}
     document["spec"]["rolloutPools"][0]["template"] = template("rollout", **preferring("node-1"))
     job = Job.apply(team2, document)
     job.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
@@ -139,9 +139,9 @@ def test_a_drain_takes_one_engine_after_the_other_and_the_trainer_goes_on_elsewh
 
 def test_a_lost_node_costs_its_pods_and_the_job_goes_on_elsewhere(team2: Namespace) -> None:
     document = quickstart("bereaved", steps=4000)
-    document["spec"]["trainer"]["template"] = template(
-        "trainer", tolerations=SOON, terminationGracePeriodSeconds=5, **preferring("node-1")
-    )
+    document["spec"]["trainer"] = {
+        "template": template("trainer", tolerations=SOON, terminationGracePeriodSeconds=5, **preferring("node-1"))
+    }
     document["spec"]["rolloutPools"][0]["template"] = template(
         "rollout", tolerations=SOON, terminationGracePeriodSeconds=5, **preferring("node-0")
     )
