@@ -37,6 +37,7 @@ STUCK_QUEUE_SECONDS = 300.0
 STUCK_WATCH_SECONDS = 180.0
 STUCK_LOOP_SECONDS = 30.0
 SWEEP_SECONDS = 300.0
+STOP_SECONDS = 5.0
 
 
 def main() -> int:
@@ -147,7 +148,11 @@ class Operator:
                 )
                 await self._until_stopped(running)
                 kopf_stop.set()
-                await coordination.stop()
+                try:
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await coordination.stop()
+                except TimeoutError:
+                    self._logger.warning("coordinators did not stop in time", extra={"seconds": STOP_SECONDS})
                 await leader.release()
                 for task in running:
                     task.cancel()

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from datetime import datetime
 
 from rljob_api.errors import RljobError
-from rljob_operator.shell.api import Api, ApiError, NotFound, Object
+from rljob_operator.shell.api import Api, ApiError, Conflict, NotFound, Object
 from rljob_operator.shell.kinds import LEASE
 
 LEASE_SECONDS = 15
 RENEW_SECONDS = 10.0
 RETRY_SECONDS = 2.0
+RELEASE_TRIES = 5
 
 
 class LeadershipLost(RljobError):
@@ -92,13 +93,20 @@ class Leader:
         if not self.is_leader():
             return
         self._renewed_at = None
-        try:
-            lease = await self._api.get(LEASE, self._namespace, self._name)
-            if lease["spec"].get("holderIdentity") == self._identity:
+        for _ in range(RELEASE_TRIES):
+            try:
+                lease = await self._api.get(LEASE, self._namespace, self._name)
+                if lease["spec"].get("holderIdentity") != self._identity:
+                    return
                 lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": self._time()}
                 await self._api.replace(LEASE, self._namespace, self._name, lease)
-        except ApiError as error:
-            self._logger.warning("lease not released", extra={"error": str(error)})
+            except Conflict:
+                continue  # the last renewal was still on its way
+            except ApiError as error:
+                self._logger.warning("lease not released", extra={"error": str(error)})
+            else:
+                self._logger.info("lease released", extra={"holder": self._identity})
+            return
 
     async def _try(self) -> bool:
         """True: it is ours. False: another's. Raises where that is not known."""

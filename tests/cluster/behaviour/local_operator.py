@@ -49,6 +49,8 @@ def instead_of_the_chart(cluster: Cluster) -> Iterator[None]:
         "the chart's operator to be gone",
         lambda: not cluster.get("pods", where, "--selector=app.kubernetes.io/component=operator")["items"],
     )
+    holder = cluster.get("lease", "rljob-operator", where)["spec"].get("holderIdentity")
+    assert not holder, f"an operator that is stopped in order gives its lease up, and {holder} still has it"
     try:
         yield
     finally:

@@ -303,11 +303,19 @@ async def test_who_cannot_renew_says_so_and_does_not_lead_meanwhile() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_lease_that_is_given_up_is_taken_at_once() -> None:
+async def test_a_lease_that_is_given_up_is_taken_at_once_also_while_a_renewal_is_on_its_way() -> None:
     api = LeaseApi()
     first = candidate(api, "a")
     task = asyncio.create_task(first.run())
     await first.acquired.wait()
+    replace, conflicts = api.replace, [Conflict(409, "Conflict", "")] * 2
+
+    async def contended(*arguments: Any) -> dict[str, Any]:
+        if conflicts:
+            raise conflicts.pop()
+        return await replace(*arguments)
+
+    api.replace = contended  # type: ignore[method-assign]
     await first.release()
     assert not first.is_leader()
     task.cancel()
