@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,13 +34,11 @@ SOON = [
 
 
 @pytest.fixture(scope="module")
-def two_nodes(operator: Cluster, dev_cluster: Cluster) -> Iterator[Cluster]:
-    """A second node; it goes with the cluster, and until then takes no pods of other tests."""
+def two_nodes(operator: Cluster, dev_cluster: Cluster) -> Cluster:
+    """A second node; it goes with the cluster."""
     up = [sys.executable, "-m", "tools.devcluster", "up", "--nodes", "2"]
     subprocess.run(up, cwd=REPOSITORY, check=True, timeout=600, stdout=subprocess.DEVNULL)
-    dev_cluster.kubectl("uncordon", "node-1")
-    yield dev_cluster
-    dev_cluster.kubectl("cordon", "node-1")
+    return dev_cluster
 
 
 @pytest.fixture
