@@ -129,12 +129,11 @@ def summarised(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> RLJo
     coordination = progress.coordination
     if coordination is not None and coordination.workers:
         workers = coordination.workers
-        idle_share = sum(worker.idle_share for worker in workers) / len(workers)
-        throughput = changed(
-            throughput,
-            tokens_per_second=round(sum(worker.tokens_per_second for worker in workers)),
-            rollout_idle_percent=max(0, min(100, round(100 * idle_share))),
-        )
+        throughput = changed(throughput, tokens_per_second=round(sum(worker.tokens_per_second for worker in workers)))
+        if step is not None and step.step != status.step:
+            # Only with a step: it is a mean over the worker's life, and would cost a write a minute where nothing moves.
+            idle_share = sum(worker.idle_share for worker in workers) / len(workers)
+            throughput = changed(throughput, rollout_idle_percent=max(0, min(100, round(100 * idle_share))))
     trainer = [pod for pod in observed.trainer_pods if pod.attempt == status.attempt]
     trainer_ready = sum(pod.is_ready for pod in trainer)
     live = len(coordination.workers) if coordination is not None else 0

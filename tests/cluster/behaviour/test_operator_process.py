@@ -241,6 +241,11 @@ def test_at_rest_only_the_lease_is_written_and_a_running_job_costs_one_write_in_
     finished = Job.apply(team, quickstart("done", steps=4))
     finished.wait_for_condition("Succeeded", timeout_seconds=180)
     team.cluster.wait_for("its pods to be gone", lambda: not finished.pods("main"))
+    still = Job.apply(team, quickstart("still", steps=5000))
+    still.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
+    still.wait("a step", lambda status: status["step"] >= 4)
+    # No new version from now on; the heartbeat may be away for trainer.stallSeconds, 600 by default.
+    still.kill(still.pods("trainer")[0], "rljob_runtime.trainer.main", signal.SIGSTOP)
     running = Job.apply(team, quickstart("busy", steps=5000))
     running.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
     running.wait("40 versions", lambda status: status["step"] >= 40, timeout_seconds=120)
@@ -260,6 +265,8 @@ def test_at_rest_only_the_lease_is_written_and_a_running_job_costs_one_write_in_
     assert by_job.get(running.name, 0) <= seconds / 5 + 1
     assert versions > 40
     assert {pod["metadata"]["uid"]: _ready_since(pod) for pod in running.pods("main")} == ready
+    still.kill(still.pods("trainer")[0], "rljob_runtime.trainer.main", signal.SIGCONT)
+    still.delete()
     running.delete()
     finished.delete()
     suspended.delete()
