@@ -227,7 +227,7 @@ class Operator:
         if queue.oldest_seconds > STUCK_QUEUE_SECONDS:
             return f"a job waits for its pass for {queue.oldest_seconds:.0f} s"
         for cache in caches.values():
-            if cache.age_seconds > STUCK_WATCH_SECONDS:
+            if cache.age_seconds > STUCK_WATCH_SECONDS and not cache.is_refused:  # a new start would not help that
                 because = f": {cache.error}" if cache.error else ""
                 return f"the watch of {cache.kind.plural} has been silent for {cache.age_seconds:.0f} s{because}"
         return ""

@@ -145,7 +145,8 @@ def test_what_a_stranger_has_is_not_touched(team: Namespace) -> None:
             "ContainerNotStarted",
             'secret "absent" not found. Create what is missing',
         ),
-        ("typo", {"imagePullPolicy": "Sometimes"}, "InvalidTemplate", "imagePullPolicy"),
+        ("value", {"imagePullPolicy": "Sometimes"}, "InvalidTemplate", "imagePullPolicy"),
+        ("typo", {"imagePullPolcy": "Always"}, "InvalidTemplate", 'containers[0].imagePullPolcy"'),
     ],
 )
 def test_what_keeps_pods_from_running_is_said_with_a_remedy(

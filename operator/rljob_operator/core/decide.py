@@ -29,6 +29,8 @@ LOOK_AGAIN_SECONDS = 5.0
 
 def decide(observed: Observed) -> Plan:
     """The plan of one pass."""
+    if observed.unseen:
+        return _blind(observed)
     if observed.identity.deleted_at is not None:
         return finalize(observed)
     if FINALIZER not in observed.identity.finalizers:
@@ -114,6 +116,25 @@ def _obstacle(observed: Observed) -> Verdict | None:
             f"The apiserver refuses {refusal.kind} {refusal.name}: {refusal.message} Correct the pool's template.",
         )
     return None
+
+
+def _blind(observed: Observed) -> Plan:
+    """The children cannot be seen: nothing is done to them."""
+    if completion.is_finished(observed.status) or observed.identity.deleted_at is not None:
+        return Plan(requeue_after_seconds=LOOK_AGAIN_SECONDS)
+    verdict = Verdict(
+        ConditionType.READY,
+        "False",
+        Reason.PERMISSION_MISSING,
+        f"The operator may not look at the job's children: {observed.unseen.rstrip('.')}. Install the chart's role of this version.",
+    )
+    status = with_conditions(observed, observed.status, verdict)
+    return Plan(
+        status=status if status != observed.status else None,
+        events=_events(observed.status, status, verdict),
+        requeue_after_seconds=LOOK_AGAIN_SECONDS,
+        coordinate=observed.status.attempt > 0,
+    )
 
 
 def _refused(observed: Observed) -> Plan:

@@ -224,6 +224,8 @@ class Observed:
     strangers: tuple[Stranger, ...] = ()
     clues: tuple[Clue, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    unseen: str = ""
+    """Why a kind of child cannot be seen: the operator's role lacks a verb. Then nothing else here can be relied on."""
     pruned: tuple[str, ...] = ()
     """Fields of the status that the installed CRD does not know."""
     progress: Progress = field(default_factory=Progress)

@@ -27,6 +27,7 @@ WATCH_SECONDS = 300
 SILENCE_SECONDS = 90.0
 """Bookmarks come every minute: a watch that says nothing for longer is dead, whatever its connection says."""
 PAGE = 500
+OPENED = "OPENED"
 
 
 class ApiError(RljobError):
@@ -66,7 +67,7 @@ class Unavailable(ApiError):
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent:
-    """One line of a watch: ADDED, MODIFIED, DELETED or BOOKMARK."""
+    """One line of a watch: ADDED, MODIFIED, DELETED or BOOKMARK; before the first line OPENED, without an object."""
 
     type: str
     object: Object
@@ -153,6 +154,7 @@ class Api:
         try:
             if response.status != 200:
                 raise _error(await _answer(response), response.status, "watch", kind)
+            yield WatchEvent(OPENED, {})
             async for line in response.content:
                 event = json.loads(line)
                 if event["type"] == "ERROR":

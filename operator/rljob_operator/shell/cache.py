@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from rljob_operator.shell.api import Api, ApiError, Gone, Object
+from rljob_operator.shell.api import OPENED, Api, ApiError, Gone, Object, Refused
 from rljob_operator.shell.kinds import Kind
 
 RELIST_SECONDS = (0.2, 30.0)
@@ -44,8 +44,11 @@ class Cache:
         """uid -> when; a late line of the watch must not bring it back."""
         self.synced = asyncio.Event()
         self._heard_at = time.monotonic()
+        self._pause = RELIST_SECONDS[0]
         self.error = ""
         """Why the last list or watch failed; empty while it works."""
+        self.is_refused = False
+        """Whether the apiserver refuses to list or to watch: what is held is not what there is, until a role changes."""
 
     @property
     def age_seconds(self) -> float:
@@ -67,25 +70,25 @@ class Cache:
 
     async def run(self) -> None:
         """Keep it current until cancelled."""
-        wait = RELIST_SECONDS[0]
         while True:
             try:
                 version = await self._list()
-                wait = RELIST_SECONDS[0]
                 while True:
                     version = await self._watch(version)
             except Gone:
                 self._logger.info("list too old", extra={"kind": self.kind.name})
             except ApiError as error:
                 self.error = str(error)
+                if isinstance(error, Refused):
+                    self.is_refused = True
+                    self.synced.set()  # waiting would not help, and passes can say why they do nothing
                 self._logger.warning("watch broke", extra={"kind": self.kind.name, "error": str(error)})
-                await asyncio.sleep(wait)
-                wait = min(2 * wait, RELIST_SECONDS[1])
+                await asyncio.sleep(self._pause)
+                self._pause = min(2 * self._pause, RELIST_SECONDS[1])
 
     async def _list(self) -> str:
         found, version = await self._api.list_all(self.kind, self._namespace, labels=self._labels)
         self._heard_at = time.monotonic()
-        self.error = ""
         kept = {_key(item) for item in found}
         for key in [key for key in self._objects if key not in kept]:
             self._changed(self._objects.pop(key))
@@ -97,6 +100,11 @@ class Cache:
     async def _watch(self, version: str) -> str:
         async for event in self._api.watch(self.kind, self._namespace, version, labels=self._labels):
             self._heard_at = time.monotonic()
+            self.error = ""
+            if event.type == OPENED:
+                self._opened()
+                continue
+            self._pause = RELIST_SECONDS[0]
             item = event.object
             version = item["metadata"]["resourceVersion"]
             if event.type == "BOOKMARK":
@@ -112,6 +120,12 @@ class Cache:
             else:
                 self._put(item)
         return version
+
+    def _opened(self) -> None:
+        if self.is_refused:
+            self.is_refused = False
+            for item in self._objects.values():
+                self._changed(item)
 
     def _put(self, item: Object) -> None:
         item["metadata"].pop("managedFields", None)

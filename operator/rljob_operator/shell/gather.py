@@ -70,9 +70,10 @@ class Gather:
             clues=await self._told(pods, jobs, deployments),
             refusals=refusals,
             pruned=pruned,
+            unseen=next((cache.error for cache in self._caches.values() if cache.is_refused), ""),
             progress=self._coordination.progress(identity.uid),
         )
-        if spec is None or identity.deleted_at is not None:
+        if spec is None or identity.deleted_at is not None or observed.unseen:
             return observed
         return replace(
             observed, strangers=tuple([read.stranger(item) for item in await self._strangers(observed, spec)])

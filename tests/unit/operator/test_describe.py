@@ -318,6 +318,13 @@ def _older_crd() -> tuple[FakeKubernetes, Plan]:
     return fake, decide(replace(fake.observe(), pruned=("throughput",)))
 
 
+def _blind() -> tuple[FakeKubernetes, Plan]:
+    fake = running()
+    unseen = 'pods is forbidden: User "operator" cannot watch resource "pods" in API group "" at the cluster scope'
+    return fake, decide(replace(fake.observe(), unseen=unseen))
+
+
+STATES["without the permission to look"] = _blind
 STATES["with a spec that the operator does not take"] = _unknown_field
 STATES["under a CRD that is older"] = _older_crd
 

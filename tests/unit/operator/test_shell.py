@@ -167,6 +167,31 @@ async def test_a_list_after_a_gap_finds_what_went_meanwhile() -> None:
     assert seen == ["x", "y", "x", "z"], "each change once, the deletion too"
 
 
+async def test_a_refused_list_is_no_reason_to_wait_and_no_hot_loop() -> None:
+    class Forbidden(FakeApi):
+        calls = 0
+
+        async def list_all(self, *_: Any, **__: Any) -> tuple[list[dict[str, Any]], str]:
+            self.calls += 1
+            raise Refused(403, "Forbidden", "pods is forbidden: User x cannot list resource pods")
+
+    api = Forbidden([], [])
+    cache, _ = await cached(api)
+    assert cache.synced.is_set() and cache.is_refused
+    assert "cannot list resource pods" in cache.error
+    assert api.calls == 1
+
+
+async def test_a_watch_that_is_refused_is_waited_for_with_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rljob_operator.shell.cache.RELIST_SECONDS", (0.01, 1.0))
+    refused = Refused(403, "Forbidden", "cannot watch")
+    api = FakeApi([[pod("x", "1", 5)]] * 20, [[refused], [refused], [WatchEvent("OPENED", {})]])
+    cache, seen = await cached(api)
+    assert 20 - len(api.lists) == 3
+    assert not cache.is_refused
+    assert seen == ["x", "x"], "once when it is found, and once when the role is mended"
+
+
 async def test_late_lines_bring_nothing_back() -> None:
     lines: list[WatchEvent | Exception] = [
         WatchEvent("MODIFIED", pod("x", "1", 8)),
