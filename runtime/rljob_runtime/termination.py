@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Termination:
     """One CamelCase word."""
     exit_code: int
     time: str
-    """RFC 3339, UTC."""
+    """RFC 3339, UTC, with milliseconds: the ranks of a gang fail within the same second."""
     message: str = ""
     rank: int | None = None
 
@@ -57,6 +58,13 @@ class Termination:
             message=str(fields.get("message", "")),
             rank=rank if isinstance(rank, int) else None,
         )
+
+
+def text_of(seconds: float) -> str:
+    """A moment since the epoch, as `Termination.time` has it."""
+    milliseconds = int(1000 * seconds)
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
+    return f"{whole}.{milliseconds % 1000:03d}Z"
 
 
 def reason_of(error: BaseException) -> str:

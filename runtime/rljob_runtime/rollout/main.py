@@ -52,8 +52,7 @@ def _cuda_is_available() -> bool:
 
 def _leave_word(reason: str, code: int, message: str) -> None:
     path = Path(os.environ.get(ENV_TERMINATION_FILE) or termination.KUBERNETES_FILE)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    termination.write(Termination(reason, code, now, message), path)
+    termination.write(Termination(reason, code, termination.text_of(time.time()), message), path)
 
 
 async def _run(settings: RuntimeSettings, logger: logging.Logger) -> int:

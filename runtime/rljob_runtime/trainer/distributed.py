@@ -30,6 +30,8 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    local_rank: int = 0
+    """Place among the processes of its node (pod), which share its disk."""
 
     @property
     def is_main(self) -> bool:
@@ -49,7 +51,8 @@ def distributed_world(kind: DeviceKind, *, timeout_seconds: float) -> Iterator[W
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank = int(os.environ["RANK"]) if launched else 0
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
-    device = _device(kind, int(os.environ.get("LOCAL_RANK", "0")) if launched else 0)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if launched else 0
+    device = _device(kind, local_rank)
     dist.init_process_group(
         backend="nccl" if kind == "cuda" else "gloo",
         store=None if launched else dist.HashStore(),  # type: ignore[attr-defined]
@@ -59,7 +62,8 @@ def distributed_world(kind: DeviceKind, *, timeout_seconds: float) -> Iterator[W
         device_id=device if kind == "cuda" else None,
     )
     try:
-        yield World(rank=rank, size=size, device=device, mesh=init_device_mesh(kind, (size,)))
+        mesh = init_device_mesh(kind, (size,))
+        yield World(rank=rank, size=size, device=device, mesh=mesh, local_rank=local_rank)
     finally:
         dist.destroy_process_group()
 

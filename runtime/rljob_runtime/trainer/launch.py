@@ -123,7 +123,7 @@ def _resolves(address: str, seconds: float) -> bool:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return termination.text_of(time.time())
 
 
 def _parser() -> argparse.ArgumentParser:

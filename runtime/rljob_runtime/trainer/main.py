@@ -32,7 +32,7 @@ from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.termination import Termination
 from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.checkpoint import load_checkpoint
-from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world
+from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world, largest
 from rljob_runtime.trainer.intake import NOTHING, Intake
 from rljob_runtime.trainer.leader import OUTAGE_SECONDS, Leader
 from rljob_runtime.trainer.loop import Trainer
@@ -98,8 +98,8 @@ def _leave_word(reason: str, code: int, message: str, rank: int) -> None:
     """For the pod's launcher; `rljob run` reads the log instead."""
     folder = os.environ.get(names.ENV_RANK_ENDS)
     if folder:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        termination.write(Termination(reason, code, now, message, rank), Path(folder) / f"rank-{rank}.json")
+        end = Termination(reason, code, termination.text_of(time.time()), message, rank)
+        termination.write(end, Path(folder) / f"rank-{rank}.json")
 
 
 class Counters(FrozenModel):
@@ -197,13 +197,15 @@ def _probe_length(settings: RuntimeSettings) -> int:
 
 
 def _model_directory(settings: RuntimeSettings, world: World) -> Path:
-    """Rank 0 makes or finds the model; the others learn where it is."""
-    path = b""
-    if world.is_main:
-        path = str(
-            materialise(settings.job.spec.model, settings.cache_dir / "model", mounted=settings.model_dir)
-        ).encode()
-    return Path(broadcast_bytes(path if world.is_main else None, world.device).decode())
+    """One process of each node makes or finds the model, before the others of its node look for it. Collective."""
+
+    def found() -> Path:
+        folder = settings.cache_dir / "model"
+        return materialise(settings.job.spec.model, folder, mounted=settings.model_dir)
+
+    first = found() if world.local_rank == 0 else None
+    largest(0, world.device)
+    return first or found()
 
 
 def _agree_on_start(publisher: Publisher | None, world: World) -> Start:

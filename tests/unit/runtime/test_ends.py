@@ -16,7 +16,7 @@ from rljob_runtime.rollout.readiness import Readiness
 from rljob_runtime.termination import STOPPED, Termination
 from rljob_runtime.trainer.launch import EXIT_STOPPED, cause
 
-EARLY, LATE = "2026-11-23T01:00:00Z", "2026-11-23T01:00:05Z"
+EARLY, LATE = "2026-11-23T01:00:00.120Z", "2026-11-23T01:00:00.480Z"
 
 
 def end(reason: str, time: str = EARLY, rank: int = 0, code: int = 1) -> Termination:
@@ -51,6 +51,10 @@ def test_a_termination_survives_its_file_and_is_cut_to_what_kubernetes_keeps(tmp
     with pytest.raises(ValueError, match="not a termination"):
         Termination.from_json('["no"]')
     termination.write(end("A"), tmp_path / "absent" / "end")  # not worth failing for
+
+
+def test_moments_are_told_apart_within_a_second() -> None:
+    assert termination.text_of(1_795_395_600.1239) == "2026-11-23T01:00:00.123Z"
 
 
 def test_all_that_no_new_attempt_can_mend_has_one_reason() -> None:
