@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -120,9 +121,14 @@ def _make_random(spec: RandomModel, directory: Path) -> None:
             network = LlamaForCausalLM(LlamaConfig(**common))
         else:
             network = Qwen3ForCausalLM(Qwen3Config(**common))
-    network.save_pretrained(directory)
-    # A model directory's generation defaults are ignored; not having any says so.
-    (directory / "generation_config.json").unlink(missing_ok=True)
+    # Not `save_pretrained` of the model: within a process group it writes on rank 0 only, and each node needs its copy.
+    network.config.architectures = [type(network).__name__]
+    network.config.dtype = "float32"
+    network.config.save_pretrained(directory)
+    state = dict(network.state_dict())
+    if spec.tied_embeddings:
+        del state["lm_head.weight"]
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     character_tokenizer(spec.alphabet).save_pretrained(directory)
 
 
