@@ -163,6 +163,7 @@ class CoordinationSummary:
     serving: tuple[tuple[int, int], ...]
     """(version, workers), newest first."""
     laggards: tuple[str, ...]
+    """Workers that have been behind for longer than the timeout, by name."""
     restarts: int
     quarantined: tuple[int, ...]
     totals: WorkerCounters
@@ -378,6 +379,17 @@ def laggards_of(state: CoordinatorState) -> tuple[str, ...]:
     return tuple(sorted(name for name, seen in state.workers.items() if not _serves(seen.state, wanted)))
 
 
+def _late(state: CoordinatorState, now: float) -> tuple[str, ...]:
+    """Laggards whose time is up; engines that still start are not late."""
+    found = []
+    for name in laggards_of(state):
+        seen = state.workers[name]
+        is_due = seen.behind_since is not None and now - seen.behind_since >= state.settings.timeout_seconds
+        if is_due and seen.state.phase not in (WorkerPhase.STARTING, WorkerPhase.DRAINING):
+            found.append(name)
+    return tuple(found)
+
+
 def summary(state: CoordinatorState, now: float) -> CoordinationSummary:
     """What to show of the state at `now`."""
     live = {
@@ -402,7 +414,7 @@ def summary(state: CoordinatorState, now: float) -> CoordinationSummary:
         workers=tuple(live.values()),
         converged=0 if desired is None else sum(_serves(worker, desired) for worker in live.values()),
         serving=tuple(sorted(histogram.items(), reverse=True)),
-        laggards=laggards_of(state)[:MAX_LAGGARDS],
+        laggards=_late(state, now)[:MAX_LAGGARDS],
         restarts=sum(state.restarts.values()),
         quarantined=tuple(sorted(version for _, version in state.quarantined)),
         totals=totals,

@@ -257,8 +257,8 @@ def test_a_shorter_timeout_counts_at_once() -> None:
 def test_the_same_version_of_another_epoch_is_not_convergence() -> None:
     state, _ = run(ordering(3), WorkersSeen((worker("w", 3, epoch=2), worker("x", 3))))
     found = summary(state, 0.0)
-    assert found.converged == 1
-    assert found.laggards == ("w",)
+    assert (found.converged, found.laggards) == (1, ())
+    assert summary(state, 120.0).laggards == ("w",)
 
 
 def test_the_summary_counts_workers_by_version_newest_first_and_names_ten_laggards() -> None:
@@ -266,7 +266,8 @@ def test_the_summary_counts_workers_by_version_newest_first_and_names_ten_laggar
     state, _ = run(ordering(3), WorkersSeen(workers))
     found = summary(state, 0.0)
     assert found.serving == ((3, 1), (2, 12))
-    assert found.laggards == tuple(f"w{n:02}" for n in range(MAX_LAGGARDS))
+    assert summary(state, 119.0).laggards == ()
+    assert summary(state, 120.0).laggards == tuple(f"w{n:02}" for n in range(MAX_LAGGARDS))
     assert (len(found.workers), found.converged) == (14, 1)
     assert (found.desired, found.published) == (published(3), published(3))
 
