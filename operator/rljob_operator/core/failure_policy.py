@@ -16,6 +16,7 @@ from rljob_api.names import TRAINER_POOL
 from rljob_api.reasons import Reason
 from rljob_api.spec import RLJobSpec
 from rljob_operator.core.observed import Container, Observed, Pod, PodCondition, Termination, TrainerJob
+from rljob_operator.core.pods import is_lost
 
 EXIT_SIGTERM = 143
 HOPELESS = (Reason.INVALID_CONFIGURATION, Reason.ACCELERATOR_MISSING)
@@ -100,6 +101,10 @@ def _trainer_failure(observed: Observed, spec: RLJobSpec, job: TrainerJob) -> Fa
         return Failure(
             TRAINER_POOL, termination.reason, _how(pod, termination), termination.finished_at, pod.name, pod.conditions
         )
+    lost = next((pod for pod in pods if is_lost(pod, observed.now)), None)
+    if lost is not None:
+        message = f"Pod {lost.name} was told to end and its node does not answer"
+        return Failure(TRAINER_POOL, Reason.TRAINER_FAILED, message, None, lost.name, lost.conditions)
     disrupted = next((pod for pod in pods if pod.phase == "Failed"), None)
     if job.is_failed or disrupted is not None:
         conditions = disrupted.conditions if disrupted is not None else ()

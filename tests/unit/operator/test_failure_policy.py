@@ -118,6 +118,25 @@ def test_an_eviction_is_known_by_the_job_when_the_pod_is_gone(rules: tuple[dict[
     assert restarts(fake) == (2, 1, counted)
 
 
+def test_a_trainer_on_a_node_that_is_lost_is_given_up_after_its_grace_period() -> None:
+    rules = (rule("Ignore", onPodConditions=[{"type": "DisruptionTarget"}]),)
+    fake = with_rules(*rules)
+    pod = trainer_pod(fake)
+    pod["metadata"] |= {"held": True, "deletionTimestamp": fake.now.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True"})
+    for _ in range(20):
+        fake.reconcile()
+        fake.tick()
+    assert restarts(fake) == (1, 0, 0), "it may still be writing its checkpoint"
+    fake.now += timedelta(seconds=15)
+    fake.settle()
+    assert restarts(fake) == (2, 1, 0)
+    assert any("its node does not answer" in event.message for event in fake.events)
+    assert [pod["metadata"]["name"] for pod in fake.pods("trainer") if not pod["metadata"].get("held")] == [
+        "job-trainer-2-0"
+    ]
+
+
 def test_a_trainer_that_stops_before_the_last_step_is_started_again() -> None:
     fake = running()
     fake.end(trainer_pod(fake), 0)
