@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -43,6 +44,8 @@ class FakeKubernetes:
         self.was_cut_off = False
         self.events: list[Event] = []
         self.progress = Progress()
+        self.known_since: datetime | None = START
+        """None: the operator has just started, and has not read NATS yet."""
         self.clues: tuple[Clue, ...] = ()
         self.refusals: tuple[Refusal, ...] = ()
         self.settings = SETTINGS
@@ -92,7 +95,7 @@ class FakeKubernetes:
             others=tuple(read.child(item) for item in others),
             clues=self.clues,
             refusals=self.refusals,
-            progress=self.progress,
+            progress=self._progress(),
         )
         strangers = [
             self.objects[key]
@@ -104,23 +107,33 @@ class FakeKubernetes:
             strangers=tuple(read.stranger(item) for item in strangers),
         )
 
+    def _progress(self) -> Progress:
+        if self.known_since is None:
+            self.known_since = self.now  # by the next pass it will have read it
+            return Progress()
+        read_at = self.now if self.progress.reachable else None
+        return replace(self.progress, known_since=self.known_since, read_at=read_at)
+
     def reconcile(self) -> Plan:
         """One pass; a crash in it leaves what was written before."""
         plan = decide(self.observe())
         self.was_cut_off = False
         try:
             self._carry_out(plan)
-        except (Crash, Refused):
+        except Crash:
+            self.was_cut_off = True
+            self.known_since = None
+        except Refused:
             self.was_cut_off = True
         return plan
 
     def settle(self, *, passes: int = 40) -> None:
         """Passes and the cluster's own work in turn, until nothing moves any more."""
         for _ in range(passes):
-            before = self.writes
+            before, knows = self.writes, self.known_since is not None
             plan = self.reconcile()
             moved = self.tick()
-            quiet = self.writes == before and not moved and not self.was_cut_off and plan.status is None
+            quiet = self.writes == before and not moved and not self.was_cut_off and plan.status is None and knows
             if not self.exists or quiet:
                 return
         raise AssertionError(f"it did not settle within {passes} passes: {plan}")
@@ -223,7 +236,7 @@ class FakeKubernetes:
                     self._delete(pod)
             self._touch(job)
         elif phases.count("Succeeded") == wanted:
-            status["conditions"] = [{"type": "Complete", "status": "True"}]
+            status["conditions"] = [{"type": "Complete", "status": "True", "lastTransitionTime": _text(self.now)}]
             self._touch(job)
         elif not pods:
             for index in range(wanted):

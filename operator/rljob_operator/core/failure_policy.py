@@ -19,6 +19,8 @@ from rljob_operator.core.observed import Container, Observed, Pod, PodCondition,
 from rljob_operator.core.pods import is_lost
 
 EXIT_SIGTERM = 143
+CLOCK_SKEW = timedelta(seconds=3)
+"""Between the apiserver's clock and the operator's."""
 HOPELESS = (Reason.INVALID_CONFIGURATION, Reason.ACCELERATOR_MISSING)
 
 
@@ -122,7 +124,7 @@ def _trainer_failure(observed: Observed, spec: RLJobSpec, job: TrainerJob) -> Fa
             disrupted.name if disrupted is not None else "",
             conditions,
         )
-    if job.is_complete and observed.progress.reachable and observed.progress.final_model is None:
+    if job.is_complete and observed.progress.final_model is None and _was_read_after(observed, job.finished_at):
         return Failure(
             TRAINER_POOL,
             Reason.TRAINER_FAILED,
@@ -131,13 +133,24 @@ def _trainer_failure(observed: Observed, spec: RLJobSpec, job: TrainerJob) -> Fa
     return _stall(observed, spec, job, pods)
 
 
+def _was_read_after(observed: Observed, moment: datetime | None) -> bool:
+    """Whether what the trainer left in NATS at its end has been looked for since."""
+    progress = observed.progress
+    if moment is None or progress.read_at is None or not progress.reachable:
+        return False
+    return progress.read_at >= moment + CLOCK_SKEW
+
+
 def _stall(observed: Observed, spec: RLJobSpec, job: TrainerJob, pods: list[Pod]) -> Failure | None:
     """No heartbeat since long enough, counted from when the whole gang ran."""
     running = [pod.condition("Ready") for pod in pods if pod.is_ready]
-    if not observed.progress.reachable or len(running) < spec.trainer.replicas or job.is_complete:
+    progress = observed.progress
+    if not progress.reachable or progress.known_since is None:
+        return None
+    if len(running) < spec.trainer.replicas or job.is_complete:
         return None
     times = [condition.since for condition in running if condition is not None and condition.since is not None]
-    since = max([*times, observed.progress.heartbeat_at or job.created_at, job.created_at])
+    since = max([*times, progress.heartbeat_at or job.created_at, job.created_at, progress.known_since])
     if observed.now - since < timedelta(seconds=spec.trainer.stall_seconds):
         return None
     return Failure(

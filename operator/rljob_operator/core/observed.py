@@ -127,6 +127,8 @@ class TrainerJob:
     is_deleting: bool = False
     is_complete: bool = False
     is_failed: bool = False
+    finished_at: datetime | None = None
+    """When it became complete or failed, by the apiserver's clock."""
     is_disrupted: bool = False
     """Whether it failed because a pod of it was evicted, preempted or lost with its node."""
     message: str = ""
@@ -190,7 +192,16 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What training itself reports, from NATS. Fields are None as long as nothing was reported."""
+    """What training itself reports, from NATS. Fields are None as long as nothing was reported.
+
+    An operator that has just started knows nothing yet: that nothing was reported means something only from `known_since`
+    on, and only for what happened before `read_at`.
+    """
+
+    known_since: datetime | None = None
+    """When this operator first read the job's keys."""
+    read_at: datetime | None = None
+    """When it began to read them last."""
 
     reachable: bool = True
     """Whether the job's NATS server answers."""

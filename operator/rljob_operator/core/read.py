@@ -59,6 +59,7 @@ def trainer_job(found: Object) -> TrainerJob:
         item["type"]: item for item in found.get("status", {}).get("conditions") or () if item.get("status") == "True"
     }
     failed = conditions.get("Failed") or conditions.get("FailureTarget")
+    ended = conditions.get("Complete") or failed or {}
     return TrainerJob(
         name=meta["name"],
         uid=meta["uid"],
@@ -69,6 +70,7 @@ def trainer_job(found: Object) -> TrainerJob:
         is_deleting="deletionTimestamp" in meta,
         is_complete="Complete" in conditions,
         is_failed=failed is not None,
+        finished_at=_maybe(ended.get("lastTransitionTime")),
         # The Job's only rule of that kind looks for DisruptionTarget (build/trainer_job.py).
         is_disrupted=failed is not None and failed.get("reason") == "PodFailurePolicy",
         message="" if failed is None else str(failed.get("message", "")),

@@ -228,6 +228,7 @@ class Coordination:
 
     async def _look(self, job: _Job, link: Link, host: CoordinatorHost) -> None:
         while True:
+            began = self._wall_clock()
             state = await link.read_live(KEY_TRAINER, TrainerState)
             checkpoint = await link.read(KEY_CHECKPOINT, CheckpointPointer)
             published = await link.read(KEY_PUBLISHED, PublishedVersion)
@@ -238,6 +239,8 @@ class Coordination:
             final = published is not None and published.value.final
             job.progress = replace(
                 job.progress,
+                known_since=job.progress.known_since or began,
+                read_at=began,
                 reachable=True,
                 unreachable_since=None,
                 unreachable_because="",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.kubernetes import FakeKubernetes
-from tests.unit.operator.scenarios import condition, ready, running, trainer_pod
+from tests.unit.operator.scenarios import condition, finish, ready, running, trainer_pod
 
 from rljob_api.reasons import ConditionType, Reason
 from rljob_operator.core.observed import Progress
@@ -141,6 +141,9 @@ def test_a_trainer_that_stops_before_the_last_step_is_started_again() -> None:
     fake = running()
     fake.end(trainer_pod(fake), 0)
     fake.settle()
+    assert restarts(fake) == (1, 0, 0), "what it left in NATS is looked for once more"
+    fake.now += timedelta(seconds=5)
+    fake.settle()
     assert restarts(fake) == (2, 1, 1)
     assert any("ended without an error before all steps were trained" in event.message for event in fake.events)
 
@@ -158,6 +161,27 @@ def test_a_stall_is_counted_from_when_the_gang_ran_and_from_its_last_heartbeat()
     fake.settle()
     assert restarts(fake) == (2, 1, 1)
     assert any(event.reason is Reason.TRAINER_STALLED for event in fake.events)
+
+
+def test_an_operator_that_has_just_started_judges_nothing_by_what_it_has_not_read() -> None:
+    """Negative control of the two rules that look for what is missing in NATS."""
+    fake = running({"spec.trainer.stallSeconds": 60})
+    fake.now += timedelta(seconds=5000)
+    fake.known_since = None
+    fake.reconcile()
+    assert fake.status.attempt == 1, "a trainer that ran for long is not stalled because the operator is new"
+    fake.now += timedelta(seconds=50)
+    fake.reconcile()
+    assert fake.status.attempt == 1
+    ended = running()
+    ended.end(trainer_pod(ended), 0)
+    ended.tick()
+    ended.known_since = None
+    ended.reconcile()
+    assert ended.status.attempt == 1, "the final model may be there"
+    finish(ended)
+    ended.settle()
+    assert condition(ended, ConditionType.SUCCEEDED).status == "True"
 
 
 def test_no_heartbeat_can_be_seen_while_nats_is_away() -> None:
