@@ -32,6 +32,8 @@ class World:
     mesh: DeviceMesh
     local_rank: int = 0
     """Place among the processes of its node (pod), which share its disk."""
+    node: int = 0
+    num_nodes: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -63,7 +65,11 @@ def distributed_world(kind: DeviceKind, *, timeout_seconds: float) -> Iterator[W
     )
     try:
         mesh = init_device_mesh(kind, (size,))
-        yield World(rank=rank, size=size, device=device, mesh=mesh, local_rank=local_rank)
+        node = int(os.environ.get("GROUP_RANK", "0")) if launched else 0
+        num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) if launched else 1
+        yield World(
+            rank=rank, size=size, device=device, mesh=mesh, local_rank=local_rank, node=node, num_nodes=num_nodes
+        )
     finally:
         dist.destroy_process_group()
 

@@ -28,6 +28,7 @@ from rljob_runtime.trainer.model import Policy, full_state
 from rljob_runtime.trainer.optimizer import learning_rate
 from rljob_runtime.trainer.probe import make_probe
 from rljob_runtime.trainer.reporting import Seconds
+from rljob_runtime.trainer.shared_file import on_every_node
 from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
 
 IDLE_SECONDS = 5.0
@@ -54,6 +55,7 @@ class Trainer:
         snapshots: SnapshotStore,
         leader: Leader | None,
         checkpoint_root: Path,
+        scratch: Path,
         probe_tokens: tuple[int, ...],
         epoch: int,
         version: int,
@@ -67,6 +69,7 @@ class Trainer:
         self._snapshots = snapshots
         self._leader = leader
         self._checkpoint_root = checkpoint_root
+        self._scratch = scratch
         self._probe_tokens = probe_tokens
         self._epoch = epoch
         self._version = version
@@ -142,9 +145,9 @@ class Trainer:
         named = np.unique(np.concatenate([row.weight_version[row.trainable] for row in batch.rows]))
         for version in sorted({int(v) for v in named} - set(self._snapshots.versions) - {batch.version}):
             found = self._leader.fetch_version(version) if self._leader is not None else None
-            path = self._from_leader(str(found or "").encode() or b"-").decode()
-            if path != "-":
-                self._snapshots.load_full(version, self._policy, Path(path))
+            with on_every_node(found, self._scratch, self._world) as path:
+                if path is not None:
+                    self._snapshots.load_full(version, self._policy, path)
 
     def _publish(self) -> None:
         """Announce the policy as it is now as the current version, and keep what scores its tokens later."""

@@ -172,6 +172,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             snapshots=SnapshotStore(compute_dtype(spec.training.compute_type)),
             leader=leader,
             checkpoint_root=settings.checkpoint_dir,
+            scratch=settings.cache_dir / "versions",
             probe_tokens=probe_tokens(policy.vocab_size, PROBE_SEED, num=_probe_length(settings)),
             epoch=start.epoch,
             version=start.version,

@@ -19,17 +19,29 @@ SCRIPT = """
 import os, sys
 from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.trainer.distributed import distributed_world
+from rljob_runtime.trainer import shared_file
 from rljob_runtime.trainer.main import _model_directory
+from rljob_runtime.trainer.shared_file import on_every_node
 from transformers import AutoModelForCausalLM
+shared_file.CHUNK_BYTES = 1000
 settings = RuntimeSettings.from_environment(os.environ)
 with distributed_world("cpu", timeout_seconds=60) as world:
     folder = _model_directory(settings, world)
     AutoModelForCausalLM.from_pretrained(folder)
+    sent = settings.cache_dir / "sent.bin" if world.is_main else None
+    if sent is not None:
+        sent.write_bytes(bytes(range(256)) * 400)
+    with on_every_node(sent, settings.cache_dir / "versions", world) as path:
+        assert path.is_relative_to(settings.cache_dir), path
+        assert path.read_bytes() == bytes(range(256)) * 400
+    assert list((settings.cache_dir / "versions").glob("*")) == []
+    with on_every_node(None, settings.cache_dir, world) as nothing:
+        assert nothing is None
     print(folder)
 """
 
 
-def test_each_node_makes_its_own_copy_of_the_model(tmp_path: Path) -> None:
+def test_each_node_makes_its_own_copy_of_the_model_and_gets_one_of_a_file(tmp_path: Path) -> None:
     config = tmp_path / "rljob.json"
     config.write_text(json.dumps(changed({"spec.model": RANDOM})))
     with socket.socket() as probe:
@@ -46,6 +58,8 @@ def test_each_node_makes_its_own_copy_of_the_model(tmp_path: Path) -> None:
             "RANK": str(rank),
             "WORLD_SIZE": "2",
             "LOCAL_RANK": "0",
+            "GROUP_RANK": str(rank),
+            "GROUP_WORLD_SIZE": "2",
             names.ENV_CONFIG: str(config),
             names.ENV_UID: "test",
             names.ENV_NATS_URL: "nats://127.0.0.1:9",
