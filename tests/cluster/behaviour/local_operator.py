@@ -49,13 +49,18 @@ def instead_of_the_chart(cluster: Cluster) -> Iterator[None]:
         "the chart's operator to be gone",
         lambda: not cluster.get("pods", where, "--selector=app.kubernetes.io/component=operator")["items"],
     )
-    holder = cluster.get("lease", "rljob-operator", where)["spec"].get("holderIdentity")
-    assert not holder, f"an operator that is stopped in order gives its lease up, and {holder} still has it"
+    assert not _holder(cluster), f"an operator that is stopped in order gives its lease up, not so {_holder(cluster)}"
     try:
         yield
     finally:
         cluster.kubectl("scale", "deployment/rljob-operator", "--replicas=1", where)
         cluster.kubectl("rollout", "status", "deployment/rljob-operator", where, "--timeout=60s", timeout_seconds=90)
+        cluster.wait_for("its lease", lambda: _holder(cluster).startswith("rljob-operator"))
+
+
+def _holder(cluster: Cluster) -> str:
+    spec = cluster.get("lease", "rljob-operator", f"--namespace={SYSTEM}")["spec"]
+    return str(spec.get("holderIdentity") or "")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
