@@ -44,13 +44,13 @@ def start(cluster: Cluster, *words: str, log: Path) -> subprocess.Popen[bytes]:
 def instead_of_the_chart(cluster: Cluster) -> Iterator[None]:
     """The chart's own operator stands still meanwhile."""
     where = f"--namespace={SYSTEM}"
+    selector = "--selector=app.kubernetes.io/component=operator"
     cluster.kubectl("scale", "deployment/rljob-operator", "--replicas=0", where)
-    cluster.wait_for(
-        "the chart's operator to be gone",
-        lambda: not cluster.get("pods", where, "--selector=app.kubernetes.io/component=operator")["items"],
-    )
-    assert not _holder(cluster), f"an operator that is stopped in order gives its lease up, not so {_holder(cluster)}"
     try:
+        cluster.wait_for("the chart's operator to be gone", lambda: not cluster.get("pods", where, selector)["items"])
+        assert not _holder(cluster), (
+            f"an operator that is stopped in order gives its lease up, not so {_holder(cluster)}"
+        )
         yield
     finally:
         cluster.kubectl("scale", "deployment/rljob-operator", "--replicas=1", where)
