@@ -107,6 +107,7 @@ def test_a_drain_takes_one_engine_after_the_other_and_the_trainer_goes_on_elsewh
                 f"--kubeconfig={cluster.kubeconfig}",
                 "drain",
                 "node-1",
+                "--delete-emptydir-data",
                 selector,
                 "--timeout=150s",
             ],
