@@ -219,7 +219,7 @@ def test_an_operator_that_builds_otherwise_leaves_every_running_pod_alone(
                 assert job.status["attempt"] == 1
                 # A change of the user's rolls the pool, with what the new operator builds.
                 pool = job.get()["spec"]["rolloutPools"][0]
-                pool["template"]["metadata"] = {"annotations": {"example.com/mine": "1"}}
+                pool["template"] = {"metadata": {"annotations": {"example.com/mine": "1"}}}
                 job.patch(rolloutPools=[pool])
                 job.wait("new pods", lambda _: all(_is_changed(pod) for pod in job.pods("main")), timeout_seconds=180)
                 job.delete()
