@@ -9,7 +9,7 @@ from rljob_api.names import TRAINER_POOL
 from rljob_api.reasons import ConditionType, Reason
 from rljob_api.spec import RLJobSpec
 from rljob_api.status import RestartStatus
-from rljob_operator.core.build.config import trainer_hash
+from rljob_operator.core.builders.config import trainer_hash
 from rljob_operator.core.completion import fail
 from rljob_operator.core.failure_policy import HOPELESS, Judgement, judgements
 from rljob_operator.core.observed import Observed

@@ -10,11 +10,11 @@ from rljob_api import names
 from rljob_api.failure_policy import FailureAction
 from rljob_api.pools import RolloutPool
 from rljob_api.spec import RLJobSpec
-from rljob_operator.core.build.config import config_map, pool_hash
-from rljob_operator.core.build.disruption import disruption_budget
-from rljob_operator.core.build.rollout_deployment import rollout_deployment
-from rljob_operator.core.build.service import trainer_service
-from rljob_operator.core.build.trainer_job import trainer_job
+from rljob_operator.core.builders.config import config_map, pool_hash
+from rljob_operator.core.builders.disruption import disruption_budget
+from rljob_operator.core.builders.rollout_deployment import rollout_deployment
+from rljob_operator.core.builders.service import trainer_service
+from rljob_operator.core.builders.trainer_job import trainer_job
 from rljob_operator.core.failure_policy import judgements
 from rljob_operator.core.observed import Deployment, Observed, Pod
 from rljob_operator.core.plan import Action, Create, Delete, Merge, Replace

@@ -94,9 +94,12 @@ def _end(
     message: str,
     event: Literal["Normal", "Warning"],
 ) -> Plan:
+    # What ran does so no more; how far it got stays.
+    pools = tuple(changed(pool, ready=0, laggards=()) for pool in status.pools)
+    columns = changed(status.columns, converged="", rollouts="", trainer="")
     written = with_conditions(
         observed,
-        status,
+        changed(status, pools=pools, columns=columns),
         Verdict(kind, "True", reason, message),
         Verdict(ConditionType.READY, "False", reason, message),
         *(Verdict(part, "False", reason, "The job is finished.") for part in _PARTS),

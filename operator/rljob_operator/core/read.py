@@ -71,7 +71,7 @@ def trainer_job(found: Object) -> TrainerJob:
         is_complete="Complete" in conditions,
         is_failed=failed is not None,
         finished_at=_maybe(ended.get("lastTransitionTime")),
-        # The Job's only rule of that kind looks for DisruptionTarget (build/trainer_job.py).
+        # The Job's only rule of that kind looks for DisruptionTarget (builders/trainer_job.py).
         is_disrupted=failed is not None and failed.get("reason") == "PodFailurePolicy",
         message="" if failed is None else str(failed.get("message", "")),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rljob_operator.core.build import rollout_deployment, trainer_job
-from rljob_operator.core.build.pod_template import pod_template
+from rljob_operator.core.builders import rollout_deployment, trainer_job
+from rljob_operator.core.builders.pod_template import pod_template
 from rljob_operator.main import main
 
 

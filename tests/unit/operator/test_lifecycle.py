@@ -70,6 +70,8 @@ def test_a_job_succeeds_only_with_its_final_model() -> None:
     succeeded = condition(fake, ConditionType.SUCCEEDED)
     assert succeeded.message == "All 10 steps are trained. The final model is pvc://ckpt/job/final."
     assert fake.status.final_model is not None
+    assert (fake.status.columns.rollouts, fake.status.columns.trainer) == ("", ""), "nothing of it runs any more"
+    assert [pool.ready for pool in fake.status.pools] == [0]
     assert fake.nats_deleted
     assert [job["metadata"]["name"] for job in fake.of_kind("Job")] == ["job-trainer-1"], "its log stays"
 
@@ -223,7 +225,7 @@ def test_a_live_change_touches_no_child() -> None:
 def test_a_changed_template_rolls_that_pool_and_a_newer_operator_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = running()
     before = {pod["metadata"]["uid"] for pool in ("main", "trainer") for pod in fake.pods(pool)}
-    from rljob_operator.core.build import rollout_deployment, trainer_job
+    from rljob_operator.core.builders import rollout_deployment, trainer_job
 
     for module in (rollout_deployment, trainer_job):
         monkeypatch.setattr(module, "pod_template", lambda *_: {"metadata": {}, "spec": {"changed": True}})
