@@ -11,6 +11,7 @@ import numpy as np
 from tests.e2e.running import job
 
 from rljob_api.messages import Outcome, Task, TrajectoryHeader
+from rljob_api.spec import Staleness
 from rljob_api.validate import parse_job
 from rljob_protocol import admission
 from rljob_runtime.trainer.intake import NOTHING, Intake, IntakeTotals
@@ -132,6 +133,24 @@ async def test_of_two_messages_of_one_sample_the_later_counts_and_the_first_is_d
     await intake._admit()
     assert accounted(await intake.totals()) == (2 * TOKENS, TOKENS, {"RolledBack": TOKENS})
     assert (0, 1) not in tasks.published
+
+
+async def test_a_bound_that_changes_while_the_job_runs_counts_for_admission_and_from_the_next_batch_on() -> None:
+    log = FakeLog(*(finished(task, sample, 3) for task in (0, 1) for sample in (0, 1)))
+    intake, tasks = resumed(log, version=3)
+    await intake.recover()
+    await intake._admit()
+    assert tasks.published == [], "two groups are admitted under a bound of 1, and both are finished"
+    await intake.use(Staleness(max_versions=3))
+    await intake._admit()
+    assert {task for task, _ in tasks.published} == {2, 3}
+    first = await intake.next_batch(0.0)
+    await intake.step_trained(4)
+    await intake.use(Staleness(max_versions=0))
+    second = await intake.next_batch(0.0)
+    assert first is not None and second is not None
+    assert (first.max_versions, second.max_versions) == (3, 0)
+    assert second.staleness == {3: 1}, "over the new bound: the batch masks its tokens"
 
 
 async def test_a_malformed_trajectory_is_passed_over_and_the_next_one_is_read() -> None:
