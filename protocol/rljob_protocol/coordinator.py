@@ -346,18 +346,14 @@ def _time_laggards(state: CoordinatorState, now: float) -> CoordinatorState:
 
 def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorState, tuple[Effect, ...]]:
     effects: list[Effect] = []
-    for name in laggards_of(state):
+    for name in _late(state, now):
         seen = state.workers[name]
-        if seen.behind_since is None or now - seen.behind_since < state.settings.timeout_seconds:
-            continue
         key = (name, seen.state.incarnation)
         spent = state.restarts.get(name, 0)
         if key in state.restarted or spent >= state.settings.max_restarts_per_worker:
             continue
-        if seen.state.phase in (WorkerPhase.STARTING, WorkerPhase.DRAINING):
-            continue  # an engine that is still starting has its own deadline; one that drains swaps no more
         serving = "no version" if seen.state.serving_version is None else f"version {seen.state.serving_version}"
-        assert state.desired is not None  # or there were no laggards
+        assert state.desired is not None and seen.behind_since is not None  # or it were not late
         reason = (
             f"has served {serving} for {now - seen.behind_since:.0f} s while later ones were ordered, now version "
             f"{state.desired.published.version}"
@@ -380,7 +376,7 @@ def laggards_of(state: CoordinatorState) -> tuple[str, ...]:
 
 
 def _late(state: CoordinatorState, now: float) -> tuple[str, ...]:
-    """Laggards whose time is up; engines that still start are not late."""
+    """Laggards whose time is up. An engine that still starts has its own deadline; one that drains swaps no more."""
     found = []
     for name in laggards_of(state):
         seen = state.workers[name]
