@@ -353,7 +353,8 @@ def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorS
         if key in state.restarted or spent >= state.settings.max_restarts_per_worker:
             continue
         serving = "no version" if seen.state.serving_version is None else f"version {seen.state.serving_version}"
-        assert state.desired is not None and seen.behind_since is not None  # or it were not late
+        assert state.desired is not None  # or it were not late
+        assert seen.behind_since is not None
         reason = (
             f"has served {serving} for {now - seen.behind_since:.0f} s while later ones were ordered, now version "
             f"{state.desired.published.version}"
