@@ -67,7 +67,9 @@ def main() -> int:
     except _StoppedEarly:
         finished = False
     except RljobError as error:
-        logging.getLogger().error("trainer failed", extra={"error": str(error), "kind": type(error).__name__})
+        logs.configure(f"trainer-{rank}").error(
+            "trainer failed", extra={"error": str(error), "kind": type(error).__name__}
+        )
         _leave_word(termination.reason_of(error), 1, str(error), rank)
         return 1
     except Exception as error:  # the top of the process: torchrun would only say that a rank ended with 1
