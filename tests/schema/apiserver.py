@@ -68,10 +68,9 @@ class Apiserver:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             definition = self.call("GET", path).body
-            established = [c for c in definition.get("status", {}).get("conditions", []) if c["type"] == "Established"]
-            structural = [
-                c for c in definition.get("status", {}).get("conditions", []) if c["type"] == "NonStructuralSchema"
-            ]
+            conditions = definition.get("status", {}).get("conditions") or []  # null in the first moments
+            established = [c for c in conditions if c["type"] == "Established"]
+            structural = [c for c in conditions if c["type"] == "NonStructuralSchema"]
             assert not structural, structural
             if established and established[0]["status"] == "True" and self.call("GET", self._jobs).status == 200:
                 time.sleep(1)  # an update of a CRD that exists reaches the handlers a moment after its condition
