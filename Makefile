@@ -70,14 +70,16 @@ ifdef KUBECONFIG
 else
 	@trap '$(BIN)/python -m tools.devcluster down' EXIT; \
 	  $(BIN)/python -m tools.devcluster up --nodes $(NODES) && $(BIN)/python -m tools.devcluster exec -- \
-	    sh -c 'RLJOB_E2E_KUBECONFIG=$$KUBECONFIG exec $(BIN)/python -m pytest -q tests/schema/test_on_apiserver.py' \
+	    sh -c 'RLJOB_E2E_KUBECONFIG=$$KUBECONFIG $(BIN)/python -m pytest -q tests/schema/test_on_apiserver.py \
+	      && kubectl delete --timeout=60s crd rljobs.rljob.dev' \
 	  && $(BIN)/python -m pytest tests/cluster --ignore tests/cluster/behaviour
 endif
 
 e2e-all: setup  ## the same, and every behaviour of the operator, most with the simulated engine; writes docs/e2e.md (about 45 minutes)
 	@trap '$(BIN)/python -m tools.devcluster down' EXIT; \
 	  $(BIN)/python -m tools.devcluster up --nodes $(NODES) && $(BIN)/python -m tools.devcluster exec -- \
-	    sh -c 'RLJOB_E2E_KUBECONFIG=$$KUBECONFIG exec $(BIN)/python -m pytest -q tests/schema/test_on_apiserver.py' \
+	    sh -c 'RLJOB_E2E_KUBECONFIG=$$KUBECONFIG $(BIN)/python -m pytest -q tests/schema/test_on_apiserver.py \
+	      && kubectl delete --timeout=60s crd rljobs.rljob.dev' \
 	  && RLJOB_E2E_LOG=docs/e2e.md RLJOB_E2E_STEPS=60 $(BIN)/python -m pytest tests/cluster
 
 clean:  ## remove the environment, caches and runs
