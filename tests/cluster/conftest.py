@@ -87,8 +87,9 @@ def operator(cluster: Cluster) -> Iterator[Cluster]:
     yield cluster
     cluster.kubectl("delete", "rljobs", "--all", "--all-namespaces", "--timeout=120s", timeout_seconds=150)
     uninstall(cluster)
-    left = cluster.kubectl("get", "clusterroles,clusterrolebindings,crds", "--output=name")
-    assert "rljob" not in left, left
+    left = cluster.kubectl("get", "clusterroles,clusterrolebindings,crds", "--output=name").split()
+    own = [name for name in left if "rljob-" in name or name.endswith("/rljobs.rljob.dev")]
+    assert own == [], own
     cluster.kubectl("delete", "namespace", SYSTEM, "--wait=false")
 
 
