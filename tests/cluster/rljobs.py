@@ -102,6 +102,12 @@ class Job:
         found: list[dict[str, Any]] = self.namespace.get("pods", selector)["items"]
         return found
 
+    def trainer_pod(self) -> dict[str, Any]:
+        """Of the present attempt: a failed attempt's pod may still be there."""
+        attempt = str(self.status["attempt"])
+        (pod,) = [pod for pod in self.pods("trainer") if pod["metadata"]["labels"]["rljob.dev/attempt"] == attempt]
+        return pod
+
     def kill(self, pod: dict[str, Any], pattern: str, number: signal.Signals = signal.SIGKILL) -> None:
         """A signal (kill -9) to the processes of a pod whose command line holds the pattern.
 

@@ -90,7 +90,7 @@ def test_the_images_entry_points_are_the_command_line(namespace: Namespace) -> N
 
 def node_images(cluster: Cluster) -> set[str]:
     nodes = cluster.get("nodes")["items"]
-    return {name for node in nodes for image in node["status"]["images"] for name in image.get("names", [])}
+    return {name for node in nodes for image in node["status"]["images"] for name in image.get("names") or []}
 
 
 def test_nats_runs_from_its_image_and_is_reached_by_a_service_name(namespace: Namespace) -> None:

@@ -54,7 +54,7 @@ def test_a_killed_trainer_is_restarted_from_its_checkpoint_as_a_new_attempt(team
     job = Job.apply(team, quickstart("killed", steps=40))
     job.wait("a checkpoint", lambda status: status.get("checkpoint"), timeout_seconds=180)
     rollouts = {pod["metadata"]["uid"] for pod in job.pods("main")}
-    (trainer,) = job.pods("trainer")
+    trainer = job.trainer_pod()
     saved = job.status["checkpoint"]["step"]
     job.kill(trainer, "rljob_runtime.trainer.main")
     job.wait("attempt 2", lambda status: status.get("attempt") == 2)
@@ -98,7 +98,7 @@ def test_a_pool_is_scaled_without_touching_the_pods_that_stay(team: Namespace) -
     job = Job.apply(team, document)
     job.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
     before = {pod["metadata"]["uid"] for pod in job.pods("main")}
-    (trainer,) = job.pods("trainer")
+    trainer = job.trainer_pod()
     pool = document["spec"]["rolloutPools"][0]
     job.patch(rolloutPools=[{**pool, "replicas": 3}])
     job.wait("3 ready", lambda status: status["columns"]["rollouts"] == "3/3")

@@ -133,7 +133,7 @@ def test_killed_after_each_of_its_writes_it_makes_no_second_gang_and_counts_exac
         play = _Play(dev_cluster, log)
         job = Job.apply(team, quickstart("fragile", steps=200))
         play.until(job, lambda status: status.get("checkpoint"))
-        (trainer,) = job.pods("trainer")
+        trainer = job.trainer_pod()
         job.kill(trainer, "rljob_runtime.trainer.main")
         play.until(job, lambda status: status.get("attempt") == 2 and job.condition("Ready").get("status") == "True")
         assert job.status["restarts"] == {"total": 1, "counted": 1}
@@ -245,7 +245,7 @@ def test_at_rest_only_the_lease_is_written_and_a_running_job_costs_one_write_in_
     still.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
     still.wait("a step", lambda status: status["step"] >= 4)
     # No new version from now on; the heartbeat may be away for trainer.stallSeconds, 600 by default.
-    still.kill(still.pods("trainer")[0], "rljob_runtime.trainer.main", signal.SIGSTOP)
+    still.kill(still.trainer_pod(), "rljob_runtime.trainer.main", signal.SIGSTOP)
     running = Job.apply(team, quickstart("busy", steps=5000))
     running.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
     running.wait("40 versions", lambda status: status["step"] >= 40, timeout_seconds=120)
@@ -265,7 +265,7 @@ def test_at_rest_only_the_lease_is_written_and_a_running_job_costs_one_write_in_
     assert by_job.get(running.name, 0) <= seconds / 5 + 1
     assert versions > 40
     assert {pod["metadata"]["uid"]: _ready_since(pod) for pod in running.pods("main")} == ready
-    still.kill(still.pods("trainer")[0], "rljob_runtime.trainer.main", signal.SIGCONT)
+    still.kill(still.trainer_pod(), "rljob_runtime.trainer.main", signal.SIGCONT)
     still.delete()
     running.delete()
     finished.delete()
