@@ -21,7 +21,7 @@ class PodTemplate(FrozenModel):
     spec: FrozenJsonObject | None = Field(
         default=None,
         description=(
-            "Pod spec. In the container `trainer` or `rollout` the operator owns command, probes, RLJOB_* environment and "
+            "Pod spec. In the container `trainer`, `rollout` or `old-policy` the operator owns command, probes, RLJOB_* environment and "
             "/dev/shm; all else is kept as it is."
         ),
         json_schema_extra=OPEN_POD_SPEC,
@@ -92,4 +92,16 @@ class RolloutPool(FrozenModel):
     )
     template: PodTemplate | None = Field(
         default=None, description="Template of the pool's pods; a change replaces them one after the other."
+    )
+
+
+class OldPolicyPool(FrozenModel):
+    """Workers that hold old weight versions and score trajectories as they arrive, beside the trainer."""
+
+    replicas: int = Field(default=1, ge=1, le=1000, description="Old-policy workers.")
+    template: PodTemplate | None = Field(
+        default=None,
+        description=(
+            "Template of the pool's pods (container `old-policy`); a change replaces them one after the other."
+        ),
     )

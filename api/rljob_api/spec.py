@@ -16,7 +16,7 @@ from rljob_api.enums import DocumentedEnum
 from rljob_api.extensions import LIST_MAP_BY_NAME
 from rljob_api.failure_policy import FailurePolicy
 from rljob_api.names import API_VERSION, KIND
-from rljob_api.pools import RolloutPool, TrainerPool
+from rljob_api.pools import OldPolicyPool, RolloutPool, TrainerPool
 
 
 class ComputeType(StrEnum):
@@ -39,12 +39,28 @@ class OldLogprobs(DocumentedEnum):
 
     RESIDENT = "Resident", "Exact: the version that the trainer holds; needs staleness.maxVersions 0."
     SNAPSHOT = "Snapshot", "Exact: reload the version that generated the token."
+    DEDICATED = "Dedicated", "Exact: the workers of oldPolicyPool score each token under the version that generated it."
+    INTERRUPTION = (
+        "Interruption",
+        "Exact: workers stop before each update, and what they made is scored first; no old version is kept.",
+    )
+    EWMA = "Ewma", "Approximate: the policy of the averaged weights (revised PPO-EWMA); labelled, and audited."
+    LINEAR = "Linear", "Baseline: engine and target probability, mixed by 1/(n+1) and n/(n+1) at staleness n."
+    LOG_LINEAR = "LogLinear", "Baseline: the same mixture of log-probabilities."
     CURRENT = "Current", "Baseline, the usual bug: the policy before this step's first update."
     ENGINE = "Engine", "Baseline: the behavior log-probability itself, without a discrepancy correction."
 
 
 class Fallback(DocumentedEnum):
+    """What takes the place of an exact old log-probability that is not to be had."""
+
     DROP = "Drop", "Leave the token out of the loss, counted with its reason."
+    EWMA = "Ewma", "The policy of the averaged weights, labelled and counted as such."
+
+
+class Objective(DocumentedEnum):
+    DECOUPLED = "Decoupled", "A mask on the discrepancy ratio, PPO's clip on the staleness ratio."
+    COUPLED = "Coupled", "Baseline: PPO's clip alone; the discrepancy ratio is neither masked nor a weight."
 
 
 class Granularity(DocumentedEnum):
@@ -293,6 +309,60 @@ class Discrepancy(FrozenModel):
         return (low if self.low is None else self.low, high if self.high is None else self.high)
 
 
+class Snapshots(FrozenModel):
+    """Old versions in the trainer, for Snapshot. In BFloat16 a version is kept as its difference to the next one."""
+
+    memory_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        le=1 << 50,
+        description="Host memory for old versions, a trainer process; unset is no bound.",
+    )
+    spill: bool = Field(
+        default=False, description="Keep what is over memoryBytes on the pod's local disk, memory-mapped."
+    )
+
+
+class Eager(FrozenModel):
+    """Scoring in the trainer's idle time, while the version that made a token is still resident."""
+
+    enabled: bool = Field(default=True, description="Score ahead of the step whatever there is, while no batch is ready.")
+    prefix_tokens: int = Field(
+        default=256,
+        ge=0,
+        le=1 << 20,
+        description="Workers send what they have of an unfinished trajectory each time that many tokens are new; 0: never.",
+    )
+
+
+class EwmaReset(FrozenModel):
+    """When the average starts anew from the present weights: it has fallen too far behind."""
+
+    threshold: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description=(
+            "Reset while the share of tokens that the discrepancy mask keeps, relative to that of tokens with an exact "
+            "old log-probability, is below this; 0 never resets."
+        ),
+    )
+    patience: int = Field(default=2, ge=1, le=1000, description="Steps in a row below the threshold before a reset.")
+    is_absolute: bool = Field(
+        default=False, description="Compare the share itself, so that engine noise alone may cause a reset."
+    )
+
+
+class Ewma(FrozenModel):
+    """Averaged weights (revised PPO-EWMA). Neither decay nor window: the decay follows the measured staleness."""
+
+    decay: float | None = Field(default=None, ge=0, lt=1, description="Fixed decay β of the average, a version.")
+    window: int | None = Field(
+        default=None, ge=1, le=1024, description="Largest version gap W that the average is for: β = W/(W+2)."
+    )
+    reset: EwmaReset = Field(default_factory=EwmaReset, description="When the average starts anew.")
+
+
 class Correction(FrozenModel):
     old_logprobs: OldLogprobs = Field(
         default=OldLogprobs.SNAPSHOT,
@@ -300,6 +370,36 @@ class Correction(FrozenModel):
     )
     fallback: Fallback = Field(
         default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had."
+    )
+    objective: Objective = Field(default=Objective.DECOUPLED, description="How the two ratios enter the loss.")
+    snapshots: Snapshots = Field(default_factory=Snapshots, description="Old versions in the trainer, for Snapshot.")
+    eager: Eager = Field(
+        default_factory=Eager, description="Scoring in the trainer's idle time, for Snapshot and Interruption."
+    )
+    ewma: Ewma = Field(default_factory=Ewma, description="The averaged weights, for Ewma as route or fallback.")
+    dedicated_timeout_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        le=86400,
+        description="Dedicated: how long a step waits for the old-policy pool before the fallback takes a token.",
+    )
+    barrier_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=3600,
+        description=(
+            "Interruption: how long an update waits for workers to hand over what they made; a worker without contact "
+            "for that long stops generating."
+        ),
+    )
+    audit_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=0.05,
+        description=(
+            "Share of trained tokens that are scored again by their own published version, to measure the leak of the "
+            "route; unset is 0.02 where the route or the fallback is Ewma, else 0."
+        ),
     )
     clip: Clip = Field(default_factory=Clip, description="PPO clip on the staleness ratio.")
     discrepancy: Discrepancy = Field(default_factory=Discrepancy, description="Mask on the discrepancy ratio.")
@@ -417,6 +517,9 @@ class RLJobSpec(FrozenModel):
     storage: Storage = Field(default_factory=Storage, description="Checkpoints and weight blobs.")
     messaging: Messaging = Field(default_factory=Messaging, description="The NATS server that the pods use.")
     trainer: TrainerPool = Field(default_factory=TrainerPool, description="The trainer pool (torchrun, FSDP2).")
+    old_policy_pool: OldPolicyPool | None = Field(
+        default=None, description="Workers that score tokens under old versions, for correction.oldLogprobs Dedicated."
+    )
     rollout_pools: Annotated[tuple[RolloutPool, ...], Field(min_length=1, max_length=16)] = Field(
         description="Pools of rollout workers, by name.", json_schema_extra=LIST_MAP_BY_NAME
     )
