@@ -19,6 +19,7 @@ import torch
 
 from rljob_api.messages import TrainerPhase
 from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.trainer.batch import TrainBatch, broadcast_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, save_checkpoint
@@ -53,6 +54,7 @@ class Trainer:
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         snapshots: SnapshotStore,
+        average: AveragedPolicy | None,
         leader: Leader | None,
         checkpoint_root: Path,
         scratch: Path,
@@ -67,6 +69,7 @@ class Trainer:
         self._policy = policy
         self._optimizer = optimizer
         self._snapshots = snapshots
+        self._average = average
         self._leader = leader
         self._checkpoint_root = checkpoint_root
         self._scratch = scratch
@@ -126,6 +129,8 @@ class Trainer:
         self._step += 1
         self._version += 1
         self._publish()
+        if self._average is not None:
+            self._average.published(self._policy)
         if self._leader is not None:
             self._leader.step_trained(self._version, update)
         published = time.monotonic()
@@ -174,7 +179,9 @@ class Trainer:
             state = self._leader.checkpoint_state(version=self._version, step=self._step)
         else:
             state = CheckpointState(epoch=self._epoch, version=self._version, step=self._step, ledger={})
-        name = save_checkpoint(self._checkpoint_root, self._policy, self._optimizer, state, self._world)
+        name = save_checkpoint(
+            self._checkpoint_root, self._policy, self._optimizer, state, self._world, self._average
+        )
         if self._leader is not None:
             self._leader.checkpointed(self._checkpoint_root, name, version=self._version, step=self._step)
         self._checkpointed_step = self._step
