@@ -37,6 +37,8 @@ class OneNumber(nn.Module):
 @dataclass(frozen=True)
 class Row:
     weight_version: NDArray[np.int32]
+    known: NDArray[np.float32] | None = None
+    """Scored ahead of the step; NaN where it was not."""
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -53,6 +55,15 @@ class Row:
     @property
     def trainable(self) -> NDArray[np.bool_]:
         return (self.weight_version >= 0) & (self.staleness <= BOUND)
+
+    @property
+    def known_logprobs(self) -> NDArray[np.float32]:
+        return np.zeros(len(self.weight_version), np.float32) if self.known is None else self.known
+
+    @property
+    def known_source(self) -> NDArray[np.int8]:
+        is_known = np.zeros(len(self.weight_version), bool) if self.known is None else ~np.isnan(self.known)
+        return np.where(is_known, Source.POOL, Source.NONE).astype(np.int8)
 
 
 class Scorer:
