@@ -53,7 +53,9 @@ class AveragedPolicy:
         masters = _masters(policy)
         for name, tensor in masters.items():
             if tensor.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"the master of {name} is {tensor.dtype}: keep masters in float32 or wider to average them")
+                raise ValueError(
+                    f"the master of {name} is {tensor.dtype}: keep masters in float32 or wider to average them"
+                )
         self._monitor, self._is_reset_due = EwmaMonitor(), False
         self._average.decay = self._monitor.decay(self._settings)
         self._average.reset(masters)
@@ -167,7 +169,9 @@ def _exchange(one: Tensor, other: Tensor) -> None:
 def _relative_distance(policy: PublishedParameters, average: WeightEwma) -> float:
     """|θ - average| / |θ|, of all shards together. Collective where the policy is sharded."""
     squares = [
-        torch.stack([torch.linalg.vector_norm(master - average.params[name]), torch.linalg.vector_norm(master)]).double()
+        torch.stack(
+            [torch.linalg.vector_norm(master - average.params[name]), torch.linalg.vector_norm(master)]
+        ).double()
         ** 2
         for name, master in _masters(policy).items()
     ]

@@ -36,7 +36,13 @@ class TwoWeights(nn.Module):
 
 
 def step(
-    keep: float = 1.0, exact: float = 1.0, *, ewma: int = 10, exact_tokens: int = 10, tokens: int = 20, mean: float = 1.0
+    keep: float = 1.0,
+    exact: float = 1.0,
+    *,
+    ewma: int = 10,
+    exact_tokens: int = 10,
+    tokens: int = 20,
+    mean: float = 1.0,
 ) -> StepStatistics:
     return StepStatistics(
         tokens=tokens,
