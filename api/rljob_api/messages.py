@@ -75,6 +75,23 @@ class JobSettings(WireMessage):
     coordinator_timeout_seconds: float = Field(gt=0)
 
 
+class BarrierState(StrEnum):
+    QUIESCE = "Quiesce"  # stop generating, hand over what is unscored, stay paused
+    RELEASED = "Released"  # the update is made, or given up: go on, with the next version where there is one
+
+
+class Barrier(WireMessage):
+    """Control key `barrier`: the interruption route's stop before an update. Writer: trainer rank 0, by compare-and-set.
+
+    Level-triggered: the highest (epoch, version) counts, and RELEASED comes after QUIESCE of the same.
+    """
+
+    epoch: int = Field(ge=1)
+    version: int = Field(ge=0)
+    """The resident version, whose tokens are scored behind the barrier; the update ends it."""
+    state: BarrierState
+
+
 class CoordinatorHeartbeat(WireMessage):
     """Liveness key `coordinator`."""
 
@@ -141,6 +158,30 @@ class WorkerState(WireMessage):
     idle_share: float = 0.0
     pause_seconds: tuple[float, ...] = ()
     """Gate-shut times of the last interruptions, at most 64."""
+    barrier: tuple[int, int] | None = None
+    """(epoch, version) of the barrier that this worker keeps: it generates nothing, and what it had has been handed over."""
+    segments_sequence: int = 0
+    """Last message of the segment stream that holds something of this worker's."""
+    trajectories_sequence: int = 0
+    """The same of the trajectory stream."""
+    message: str = ""
+
+
+class OldPolicyState(WireMessage):
+    """Liveness key `old-policy.<id>`: one old-policy worker's own report. Writer: that worker."""
+
+    worker: str
+    incarnation: str
+    revision: int = 0
+    """Rises with each write; life is judged by the reader's clock since it last rose."""
+    epoch: int = 0
+    version: int | None = None
+    """Newest version that it can score with."""
+    trajectories_scored: int = 0
+    tokens_scored: int = 0
+    backlog: int = 0
+    """Trajectories on the stream that no old-policy worker has scored yet."""
+    busy_share: float = 0.0
     message: str = ""
 
 
@@ -218,6 +259,28 @@ class TrajectoryHeader(WireMessage):
     """Numbers of the environment's own, averaged into the report (for example `constantBaseline`)."""
 
 
+class SegmentHeader(WireMessage):
+    """JSON metadata of a segment message: tokens [start, start + n) of an unfinished trajectory (tensors as a trajectory's)."""
+
+    task: int = Field(ge=0)
+    sample: int = Field(ge=0)
+    attempt: int = Field(ge=1)
+    worker: str
+    incarnation: str
+    start: int = Field(ge=0)
+    """Tokens of the trajectory before the first one here: they came in earlier messages of the same attempt."""
+
+
+class ScoreHeader(WireMessage):
+    """JSON metadata of a score message: old log-probabilities of one trajectory, from an old-policy worker."""
+
+    task: int = Field(ge=0)
+    sample: int = Field(ge=0)
+    sequence: int = Field(ge=1)
+    """Of the trajectory on its stream: two trajectories of one sample have different scores."""
+    worker: str
+
+
 class Distribution(FrozenModel):
     """Summary of per-token staleness in one step."""
 
@@ -245,6 +308,24 @@ class BucketStats(FrozenModel):
     max_abs_log_discrepancy: float
 
 
+class EwmaReport(FrozenModel):
+    """The average of weights as it stands after a step's version was published."""
+
+    decay: float
+    weight: float
+    """1 after a reset, towards 1 / (1 - decay)."""
+    center_of_mass: float
+    """Mean age of the weights in it, in versions."""
+    relative_distance: float
+    """Norm of (present weights - average) over that of the present weights."""
+    resets: int
+    steps_since_reset: int
+    low_streak: int
+    """Steps in a row whose keep fraction was below the reset threshold."""
+    staleness_gap: float
+    """Mean staleness of the last steps minus the center of mass, in versions: the average leaks least at 0."""
+
+
 class StepReport(WireMessage):
     """What one step did: one message a step on the steps stream, one line in metrics.jsonl."""
 
@@ -266,6 +347,8 @@ class StepReport(WireMessage):
     sources: dict[str, SourceStats] = Field(default_factory=dict)
     staleness: Distribution = Field(default_factory=Distribution)
     discrepancy_by_staleness: dict[str, BucketStats] = Field(default_factory=dict)
+    ewma: EwmaReport | None = None
+    """Where the route or the fallback is the average of weights."""
     keep_fraction: float
     clip_fraction: float
     active_fraction: float

@@ -38,6 +38,22 @@ class JobNames:
         """One StepReport a step, kept for the live view, the report and the operator."""
         return f"rljob-{self.uid}-steps"
 
+    @property
+    def segments_stream(self) -> str:
+        """Parts of unfinished trajectories, for scoring ahead; nothing that must not be lost."""
+        return f"rljob-{self.uid}-segments"
+
+    @property
+    def scores_stream(self) -> str:
+        """Old log-probabilities from old-policy workers."""
+        return f"rljob-{self.uid}-scores"
+
+    def segment_subject(self, task: int | str = "*", sample: int | str = "*") -> str:
+        return f"rljob.{self.uid}.segments.{task}.{sample}"
+
+    def score_subject(self, task: int | str = "*", sample: int | str = "*") -> str:
+        return f"rljob.{self.uid}.scores.{task}.{sample}"
+
     def task_subject(self, task: int | str = "*", sample: int | str = "*") -> str:
         return f"rljob.{self.uid}.tasks.{task}.{sample}"
 
@@ -52,6 +68,11 @@ class JobNames:
     def rollout_consumer(self) -> str:
         """The one durable pull consumer of the task stream that all rollout workers share."""
         return "rollouts"
+
+    @property
+    def old_policy_consumer(self) -> str:
+        """The one durable pull consumer of the trajectory stream that all old-policy workers share."""
+        return "old-policy"
 
     # Key-value buckets. Pointers never expire; liveness expires, and is judged by the reader's own timer.
     @property
@@ -84,6 +105,7 @@ KEY_CHECKPOINT = "checkpoint"  # CheckpointPointer, written by trainer rank 0
 KEY_SETTINGS = "settings"  # JobSettings, written by the operator when a live field of the spec changes
 KEY_TERM = "term"  # TermClaim, written by the coordinator
 KEY_DESIRED = "desired"  # DesiredVersion, written by the coordinator
+KEY_BARRIER = "barrier"  # Barrier, written by trainer rank 0 (interruption route)
 
 # Keys of the liveness bucket.
 KEY_COORDINATOR = "coordinator"  # CoordinatorHeartbeat
@@ -96,6 +118,14 @@ def worker_key(worker: str) -> str:
 
 
 WORKER_KEY_PREFIX = "worker."
+
+
+def old_policy_key(worker: str) -> str:
+    """Liveness key of one old-policy worker, e.g. `old-policy.0`."""
+    return f"{OLD_POLICY_KEY_PREFIX}{worker}"
+
+
+OLD_POLICY_KEY_PREFIX = "old-policy."
 
 # Environment of the runtime processes (pods and local processes alike).
 ENV_CONFIG = "RLJOB_CONFIG"  # path of the resolved RLJob (JSON)

@@ -326,7 +326,9 @@ class Snapshots(FrozenModel):
 class Eager(FrozenModel):
     """Scoring in the trainer's idle time, while the version that made a token is still resident."""
 
-    enabled: bool = Field(default=True, description="Score ahead of the step whatever there is, while no batch is ready.")
+    enabled: bool = Field(
+        default=True, description="Score ahead of the step whatever there is, while no batch is ready."
+    )
     prefix_tokens: int = Field(
         default=256,
         ge=0,

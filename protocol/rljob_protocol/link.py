@@ -91,6 +91,8 @@ class StateLimits:
     """Tasks queued or leased; also how many may be leased at once."""
     trajectory_bytes: int
     max_payload_bytes: int
+    ahead_bytes: int = 256 << 20
+    """Bound of the segment stream and of the score stream; the oldest messages are discarded at it."""
     max_steps: int = 100_000
     liveness_seconds: float = 30.0
     ack_wait_seconds: float = 15.0
@@ -242,6 +244,21 @@ class Link:
                 storage=StorageType.FILE,
             ),
         )
+        streams += tuple(
+            StreamConfig(
+                name=name,
+                subjects=[subject],
+                retention=RetentionPolicy.LIMITS,
+                discard=DiscardPolicy.OLD,
+                max_bytes=limits.ahead_bytes,
+                max_msg_size=limits.max_payload_bytes,
+                storage=StorageType.FILE,
+            )
+            for name, subject in (
+                (names.segments_stream, names.segment_subject()),
+                (names.scores_stream, names.score_subject()),
+            )
+        )
         for config in streams:
             if not await self._exists(config.name or ""):
                 await manager.add_stream(config)
@@ -296,6 +313,8 @@ class Link:
         for stream in (
             names.trajectories_stream,
             names.steps_stream,
+            names.segments_stream,
+            names.scores_stream,
             f"KV_{names.control_bucket}",
             f"KV_{names.liveness_bucket}",
             f"OBJ_{names.blob_bucket}",

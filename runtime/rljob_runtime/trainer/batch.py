@@ -17,6 +17,7 @@ from safetensors.numpy import save as save_tensors
 
 from rljob_api.errors import MalformedMessage
 from rljob_api.spec import Advantage
+from rljob_runtime.correction.sources import Source
 from rljob_runtime.trainer.advantages import token_advantages
 from rljob_runtime.trainer.distributed import broadcast_bytes
 from rljob_runtime.trajectory_codec import Trajectory
@@ -43,6 +44,10 @@ class TrainRow:
     """[T], steps since the token's version, 0 for the batch's version only, -1 where turn is -1."""
     trainable: NDArray[np.bool_]
     """[T], True for model tokens within the staleness bound."""
+    known_logprobs: NDArray[np.float32]
+    """[T], old log-probabilities that were scored ahead of the step; 0 where there is none."""
+    known_source: NDArray[np.int8]
+    """[T], their `Source`; NONE where there is none."""
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +66,19 @@ _ROW_TYPES: dict[str, type[np.generic]] = {
     "advantages": np.float32,
     "staleness": np.int32,
     "trainable": np.bool_,
+    "known_logprobs": np.float32,
+    "known_source": np.int8,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Old log-probabilities of one trajectory that were scored ahead of the step."""
+
+    logprobs: NDArray[np.float32]
+    """[T], 0 where there is none."""
+    source: NDArray[np.int8]
+    """[T], POOL or DEDICATED; NONE where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +136,7 @@ def build_batch(
     max_versions: int,
     advantage: Advantage,
     staleness_of: Callable[[int], int] | None = None,
+    known_of: Callable[[Trajectory], Known | None] | None = None,
 ) -> TrainBatch:
     """The batch of one step from its groups, in their order.
 
@@ -131,6 +149,7 @@ def build_batch(
         advantage: how rewards become advantages.
         staleness_of: staleness of a version, 0 for `version` only; unset is the difference of the numbers. After a
             resume numbers and steps differ (docs/design.md, section 3).
+        known_of: old log-probabilities of a trajectory that were scored ahead of the step.
 
     Raises:
         ValueError: a token is newer than `version`.
@@ -138,7 +157,14 @@ def build_batch(
     """
     estimate = token_advantages(groups, advantage)
     rows = tuple(
-        _row(trajectory, advantages, version, max_versions, staleness_of or (lambda made: version - made))
+        _row(
+            trajectory,
+            advantages,
+            version,
+            max_versions,
+            staleness_of or (lambda made: version - made),
+            None if known_of is None else known_of(trajectory),
+        )
         for group, of_group in zip(groups, estimate.advantages, strict=True)
         for trajectory, advantages in zip(group, of_group, strict=True)
     )
@@ -151,6 +177,7 @@ def _row(
     version: int,
     max_versions: int,
     staleness_of: Callable[[int], int],
+    known: Known | None,
 ) -> TrainRow:
     is_model = trajectory.model_mask
     newest = max(trajectory.versions, default=version)
@@ -172,6 +199,8 @@ def _row(
         advantages=advantages,
         staleness=staleness,
         trainable=is_model & (staleness <= max_versions),
+        known_logprobs=np.zeros(is_model.shape, np.float32) if known is None else known.logprobs,
+        known_source=np.full(is_model.shape, Source.NONE, np.int8) if known is None else known.source,
     )
 
 

@@ -8,6 +8,7 @@ Shapes: B rows of a micro-batch, T tokens, N tokens of the whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rljob_api.messages import BucketStats, Distribution, SourceStats
-from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_api.spec import Fallback, Objective, OldLogprobs, RLJobSpec
 from rljob_runtime.correction.diagnostics import (
     discrepancy_by_source,
     discrepancy_by_staleness,
@@ -33,8 +34,10 @@ from rljob_runtime.correction.sources import (
     EXACT_SOURCES,
     SOURCE_NAMES,
     UNSTEPPED_SOURCES,
+    HeldWeights,
     OldRow,
     Source,
+    interpolated,
     resolve,
 )
 from rljob_runtime.trainer.batch import TrainBatch, TrainRow
@@ -45,6 +48,7 @@ from rljob_runtime.trainer.packing import mini_batches, pad_rows, rank_shares
 from rljob_runtime.trainer.scoring import lockstep_micro_batches, score, token_tensor
 
 _GRANULARITIES: dict[str, Granularity] = {"Token": "token", "Segment": "segment", "Sequence": "sequence"}
+_ROUTES_WITHOUT_UNSTEPPED = (OldLogprobs.ENGINE, OldLogprobs.LINEAR, OldLogprobs.LOG_LINEAR)
 _WEIGHTS: dict[str, DiscrepancyWeight] = {"None": "none", "Truncated": "truncated", "Raw": "raw"}
 
 
@@ -53,6 +57,7 @@ class UpdateSettings:
     """What the spec says about one step's updates."""
 
     route: OldLogprobs
+    fallback: Fallback
     temperature: float
     token_budget: int
     mini_batches: int
@@ -72,8 +77,12 @@ class UpdateSettings:
         """The settings of a job."""
         discrepancy = spec.correction.discrepancy
         low, high = discrepancy.bounds()
+        weight = _WEIGHTS[discrepancy.weight]
+        if spec.correction.objective is Objective.COUPLED:
+            low, high, weight = 0.0, math.inf, "none"
         return cls(
             route=spec.correction.old_logprobs,
+            fallback=spec.correction.fallback,
             temperature=spec.sampling.temperature,
             token_budget=spec.training.tokens_per_micro_batch,
             mini_batches=spec.training.mini_batches,
@@ -83,7 +92,7 @@ class UpdateSettings:
             discrepancy_low=low,
             discrepancy_high=high,
             granularity=_GRANULARITIES[discrepancy.granularity],
-            discrepancy_weight=_WEIGHTS[discrepancy.weight],
+            discrepancy_weight=weight,
             weight_cap=discrepancy.weight_cap,
             entropy_coefficient=spec.training.entropy_coefficient,
             gradient_clip=spec.training.gradient_clip,
@@ -152,7 +161,12 @@ class _Sums(NamedTuple):
 
 
 def resolve_batch(
-    policy: Policy, batch: TrainBatch, store: SnapshotStore, settings: UpdateSettings, world: World
+    policy: Policy,
+    batch: TrainBatch,
+    store: SnapshotStore,
+    settings: UpdateSettings,
+    world: World,
+    averages: HeldWeights | None = None,
 ) -> dict[int, OldRow]:
     """Old log-probabilities of this rank's rows, before the step's first update. Collective.
 
@@ -167,8 +181,10 @@ def resolve_batch(
         store=store,
         policy=policy,
         score=partial(score, policy, temperature=settings.temperature, token_budget=settings.token_budget),
+        fallback=settings.fallback,
+        averages=averages,
     )
-    if len(plan) * settings.epochs > 1 and settings.route is not OldLogprobs.ENGINE:
+    if len(plan) * settings.epochs > 1 and settings.route not in _ROUTES_WITHOUT_UNSTEPPED:
         for mini_batch in plan:
             logprobs = score(
                 policy,
@@ -274,10 +290,13 @@ def _backward(
     target_BT = scores.logprobs_BT
     # Before the step's only update the policy is the resident version: its own forward is pi_old, to the bit.
     old_BT = torch.where(known_BT.isnan(), target_BT.detach(), known_BT)
+    behavior_BT = padded([row.behavior_logprobs for row in rows], 0.0, np.float32)
+    staleness_BT = padded([row.staleness for row in rows], 0, np.int64)
+    old_BT = interpolated(behavior_BT, target_BT, staleness_BT, source_BT, old_BT)
     loss, stats = decoupled_policy_loss(
         target_logprobs_BT=target_BT,
         old_logprobs_BT=old_BT,
-        behavior_logprobs_BT=padded([row.behavior_logprobs for row in rows], 0.0, np.float32),
+        behavior_logprobs_BT=behavior_BT,
         advantages_BT=padded([row.advantages for row in rows], 0.0, np.float32),
         mask_BT=mask_BT,
         clip_low=settings.clip_low,

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rljob_api.messages import Outcome, TrajectoryHeader
-from rljob_api.spec import Advantage, ComputeType, OldLogprobs, Training
+from rljob_api.spec import Advantage, ComputeType, Fallback, OldLogprobs, Training
 from rljob_runtime.trainer.batch import TrainBatch, build_batch
 from rljob_runtime.trainer.distributed import World
 from rljob_runtime.trainer.model import Policy, build_policy, full_state
@@ -26,6 +26,7 @@ VOCAB = 24
 TRAINING = Training(steps=10, tasks_per_step=4, learning_rate=5e-3, warmup_steps=0)
 SETTINGS = UpdateSettings(
     route=OldLogprobs.SNAPSHOT,
+    fallback=Fallback.DROP,
     temperature=0.8,
     token_budget=96,
     mini_batches=1,
