@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make(name: str, index: int, count: int) -> None:
     if name == "device_time":
-        save_document(name, {"table": device_time.table(), "ideal": device_time.ideal_table(1, 3, ((1, 2), (1, 3), (1, 1)))})
+        save_document(
+            name, {"table": device_time.table(), "ideal": device_time.ideal_table(1, 3, ((1, 2), (1, 3), (1, 1)))}
+        )
         return
     if name == "proposition":
         if load_document(name) is None and index == 0:

@@ -20,17 +20,19 @@ from torch import Tensor
 from bench.staleness.settings import Settings
 from bench.staleness.simulation import Batch, Learner, Rollouts, evaluate
 from rljob_runtime.correction.objective import decoupled_policy_loss
+from rljob_runtime.correction.sources import Source, interpolated
 
 Thresholds = Literal["moved", "as they were"]
 
 
 def log_linear_loss(target_NK: Tensor, batch: Batch, staleness_NK: Tensor, settings: Settings) -> Tensor:
     """The project's loss with the interpolated reference, weighted with r_d (row "& train_infer" of Table 5)."""
-    share_NK = 1 / (staleness_NK + 1)
-    mixed_NK = share_NK * batch.behavior_logprobs_NK + (1 - share_NK) * target_NK.detach()
+    source_NK = torch.full_like(staleness_NK, Source.LOG_LINEAR)
     loss, _ = decoupled_policy_loss(
         target_logprobs_BT=target_NK,
-        old_logprobs_BT=torch.where(staleness_NK == 0, target_NK.detach(), mixed_NK),
+        old_logprobs_BT=interpolated(
+            batch.behavior_logprobs_NK, target_NK.detach(), staleness_NK, source_NK, target_NK.detach()
+        ),
         behavior_logprobs_BT=batch.behavior_logprobs_NK,
         advantages_BT=batch.advantages_N[:, None].expand_as(target_NK),
         mask_BT=torch.ones_like(target_NK, dtype=torch.bool),
@@ -52,11 +54,8 @@ def direct_loss(
     mask_power_NK, clip_power_NK = torch.ones_like(at_NK), torch.ones_like(at_NK)
     if thresholds == "moved":
         share_NK = 1 / (staleness_NK + 1.0)
+        # At staleness 0 the reference is mu itself: r_d is 1, and the mask is infinitely wide.
         mask_power_NK, clip_power_NK = 1 / (1 - share_NK), 1 / share_NK
-    # The resident version has no staleness ratio: its mask is that of r itself, and nothing is clipped.
-    fresh_NK = staleness_NK == 0
-    mask_power_NK = torch.where(fresh_NK, 1.0, mask_power_NK)
-    clip_power_NK = torch.where(fresh_NK, math.inf, clip_power_NK)
     advantages_NK = batch.advantages_N[:, None].expand_as(at_NK)
     kept_NK = at_NK.abs() <= math.log(settings.discrepancy_bound) * mask_power_NK
     above_NK = at_NK > math.log(1 + settings.clip) * clip_power_NK

@@ -32,14 +32,14 @@ class Settings:
     """Of the average; unset, it follows the mean staleness."""
     reset_threshold: float = 0.9
 
-    task: TaskName = "sort"
-    digits: int = 4
-    steps: int = 300
+    task: TaskName = "copy"
+    digits: int = 2
+    steps: int = 150
     groups: int = 32
     group_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     engine: Literal["bfloat16", "float32"] = "bfloat16"
-    evaluate_every: int = 15
+    evaluate_every: int = 10
     evaluation_prompts: int = 256
 
     def __post_init__(self) -> None:

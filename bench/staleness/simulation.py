@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.staleness import task
 from bench.staleness.delays import Delay
-from bench.staleness.llama import Shape, random_llama
+from bench.staleness.llama import random_llama
 from bench.staleness.measures import Measures, RunRecord
 from bench.staleness.rollout import answer_logprobs, generate, score
 from bench.staleness.settings import Settings
@@ -29,6 +29,7 @@ from rljob_api.spec import Advantage, Ewma, EwmaReset, RandomModel, Training
 from rljob_runtime.correction.ewma import WeightEwma
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
 from rljob_runtime.correction.objective import decoupled_policy_loss
+from rljob_runtime.correction.sources import Source, interpolated
 from rljob_runtime.trainer.advantages import group_advantages
 from rljob_runtime.trainer.optimizer import learning_rate
 
@@ -126,7 +127,10 @@ class Rollouts:
 
 
 class OldPolicy:
-    """Old log-probabilities as an arm has them. Tokens of the resident version are exact in all arms but `engine`."""
+    """Old log-probabilities as an arm has them: the sources that the project's resolver would assign.
+
+    Tokens of the resident version are exact, but in the arms `log-linear` and `engine`, which need no forward at all.
+    """
 
     def __init__(self, settings: Settings, learner: Learner) -> None:
         self._arm = settings.arm
@@ -157,12 +161,19 @@ class OldPolicy:
             case "engine":
                 return batch.behavior_logprobs_NK
             case "log-linear":
-                share_NK = 1 / (staleness_NK + 1)
-                found_NK = share_NK * batch.behavior_logprobs_NK + (1 - share_NK) * current_NK
+                return interpolated(
+                    batch.behavior_logprobs_NK,
+                    current_NK,
+                    staleness_NK,
+                    torch.full_like(staleness_NK, Source.LOG_LINEAR),
+                    current_NK,
+                )
             case "ewma" | "ewma-no-reset":
-                versions_NK = torch.zeros_like(batch.versions_NK)
-                found_NK = score({0: self._average.params}, learner.shape, batch.prompts_NP, batch.answers_NK, versions_NK)
-        return torch.where(staleness_NK == 0, current_NK, found_NK)
+                only_NK = torch.zeros_like(batch.versions_NK)
+                average_NK = score(
+                    {0: self._average.params}, learner.shape, batch.prompts_NP, batch.answers_NK, only_NK
+                )
+                return torch.where(staleness_NK == 0, current_NK, average_NK)
 
     def published(self, learner: Learner, statistics: StepStatistics) -> bool:
         """After an update: take the new version into the average; returns whether it was reset to it instead."""

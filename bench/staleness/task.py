@@ -20,9 +20,7 @@ EQUALS = 13
 def prompts(digits_NK: Tensor) -> Tensor:
     """Tokens [N, P] of `<begin>3718=`."""
     rows = len(digits_NK)
-    return torch.cat(
-        [torch.full((rows, 1), BEGIN), digits_NK + FIRST_DIGIT, torch.full((rows, 1), EQUALS)], dim=1
-    )
+    return torch.cat([torch.full((rows, 1), BEGIN), digits_NK + FIRST_DIGIT, torch.full((rows, 1), EQUALS)], dim=1)
 
 
 def rewards(task: TaskName, digits_NK: Tensor, answers_NK: Tensor) -> Tensor:

@@ -1,0 +1,249 @@
+"""Writes the figures, and the tables of docs/results.md between their markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.staleness import figures, sweeps
+from bench.staleness.proposition import table_4
+from bench.staleness.results import Run, load, load_document
+from bench.staleness.settings import ARMS
+from bench.staleness.summaries import (
+    Value,
+    chosen,
+    clipped,
+    cpu_minutes,
+    curve_mean,
+    keep,
+    last_mean,
+    leak,
+    paired,
+    pooled_buckets,
+    resets,
+    spread,
+    verdict,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+LARGEST_CAP = sweeps.CAPS[-1]
+
+
+def write() -> None:
+    """Make everything anew from bench/staleness/results/."""
+    bound = sweeps.calibrated_bound()
+    variable, fixed, opened = load("variable"), load("fixed"), load("open_mask")
+    fresh = chosen(variable, cap=0)
+    by_cap = {
+        f"{delay}-{cap}": learning_table(chosen(runs, cap=cap), fresh)
+        for delay, runs in (("variable", variable), ("fixed", fixed))
+        for cap in sweeps.CAPS
+    }
+    tables = {
+        "machine": machine_line([*load("calibration"), *variable, *fixed, *opened]),
+        "calibration": calibration_table(load("calibration"), bound),
+        **by_cap,
+        "open": learning_table(opened, fresh),
+        "discrepancy": discrepancy_table(chosen(variable, cap=LARGEST_CAP)),
+        "decay": decay_table(load("decay"), bound),
+        "reset": reset_table(
+            {
+                bound: [*chosen(variable, cap=sweeps.ABLATION_CAP), *load("reset")],
+                sweeps.OPEN_BOUND: [*opened, *load("reset")],
+            }
+        ),
+        "thresholds": thresholds_table(load("thresholds"), bound),
+        "table-4": _table(("n", "mask low", "mask high", "clip low", "clip high"), table_4()),
+        "proposition": proposition_table(),
+        "device-time": device_time_table(),
+    }
+    PAGE.write_text(filled(PAGE.read_text(), tables))
+
+    images = figures.IMAGES
+    figures.learning(fresh, variable, "variable", images / "staleness-variable.svg")
+    figures.learning(fresh, fixed, "fixed", images / "staleness-fixed.svg")
+    figures.by_cap(fresh, {"variable": variable, "fixed": fixed}, images / "staleness-by-cap.svg")
+    figures.discrepancy(variable, LARGEST_CAP, images / "staleness-discrepancy.svg")
+    figures.fractions(variable, LARGEST_CAP, images / "staleness-fractions.svg")
+    figures.decays(load("decay"), (bound, sweeps.OPEN_BOUND), images / "staleness-decay.svg")
+    figures.proposition(load_document("proposition"), images / "staleness-proposition.svg")
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """The page with each block between `<!-- staleness:NAME -->` and `<!-- end -->` replaced.
+
+    Raises:
+        LookupError: the page asks for a table that there is not.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in tables:
+            raise LookupError(f"docs/results.md asks for the table {name!r}; there are {', '.join(tables)}")
+        return f"<!-- staleness:{name} -->\n{tables[name]}\n<!-- end -->"
+
+    return re.sub(r"<!-- staleness:(\S+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
+
+
+def learning_table(runs: Sequence[Run], fresh: Sequence[Run]) -> str:
+    """One row an arm; the order against `exact` is that of the same seeds."""
+    exact = chosen(runs, arm="exact")
+    rows = [_learning_row("no staleness", fresh, exact)]
+    rows += [_learning_row(arm, of_arm, exact) for arm in ARMS if (of_arm := chosen(runs, arm=arm))]
+    return _table(
+        (
+            "old policy",
+            "seeds",
+            "last 3, mean (range)",
+            "against exact",
+            "curve, mean (range)",
+            "kept",
+            "clipped",
+            "leak",
+            "resets",
+        ),
+        rows,
+    )
+
+
+def _learning_row(name: str, runs: Sequence[Run], exact: Sequence[Run]) -> list[str]:
+    def mean(value: Value, digits: int) -> str:
+        return f"{spread(runs, value).mean:.{digits}f}"
+
+    return [
+        name,
+        str(len(runs)),
+        spread(runs, last_mean).text(),
+        "–" if name == "exact" else verdict(paired(runs, exact, last_mean)),
+        spread(runs, curve_mean).text(),
+        mean(keep, 3),
+        mean(clipped, 3),
+        mean(leak, 3),
+        mean(resets, 0) if name == "ewma" else "–",
+    ]
+
+
+def calibration_table(runs: Sequence[Run], bound: float) -> str:
+    """Engine noise without staleness, and the mask that follows."""
+    rows = [
+        [f"{run.settings.seed}", *(f"{value:.4f}" for value in run.record["abs_log_discrepancy"].values())]
+        for run in runs
+    ]
+    shares = [f"{float(share):.1%}".replace(".0%", "%") for share in runs[0].record["abs_log_discrepancy"]]
+    return f"{_table(('seed', *shares), rows)}\n\nCalibrated mask: [1/{bound:g}, {bound:g}]."
+
+
+def discrepancy_table(runs: Sequence[Run]) -> str:
+    """RMS of log r_d by staleness in the middle third of training, all seeds pooled."""
+    rows = []
+    for arm in ARMS:
+        found = pooled_buckets(chosen(runs, arm=arm), figures.MIDDLE_PHASE)
+        if found:
+            rows.append([arm, *(f"{used:.4f}" for used, _ in found.values())])
+    return _table(("old policy", *(str(n) for n in range(LARGEST_CAP + 1))), rows)
+
+
+def decay_table(runs: Sequence[Run], bound: float) -> str:
+    """Fixed decays, without resets."""
+    rows = [
+        [f"[1/{of_mask:g}, {of_mask:g}]", f"{decay:g}", f"{decay / (1 - decay):.2f}", *_ablation(of_decay)]
+        for of_mask in (bound, sweeps.OPEN_BOUND)
+        for decay in sweeps.DECAYS
+        if (of_decay := chosen(runs, discrepancy_bound=of_mask, decay=decay))
+    ]
+    return _table(("mask", "β", "centre of mass", *_ABLATION_HEAD), rows)
+
+
+def reset_table(runs: dict[float, Sequence[Run]]) -> str:
+    """Automatic decay; reset thresholds and none."""
+    rows = []
+    for of_mask, of_runs in runs.items():
+        automatic = chosen(of_runs, discrepancy_bound=of_mask, decay=None)
+        for label, found in (
+            ("0.8", chosen(automatic, arm="ewma", reset_threshold=0.8)),
+            ("0.9", chosen(automatic, arm="ewma", reset_threshold=0.9)),
+            ("off", chosen(automatic, arm="ewma-no-reset")),
+        ):
+            if found:
+                rows.append(
+                    [f"[1/{of_mask:g}, {of_mask:g}]", label, *_ablation(found), f"{spread(found, resets).mean:.0f}"]
+                )
+    return _table(("mask", "τ", *_ABLATION_HEAD, "resets"), rows)
+
+
+def thresholds_table(runs: Sequence[Run], bound: float) -> str:
+    """Mask width times clip width, exact old log-probabilities."""
+    rows = [
+        [f"[1/{of_mask:g}, {of_mask:g}]", f"{clip:g}", *_ablation(found)]
+        for of_mask in sweeps.mask_bounds(bound)
+        for clip in sweeps.CLIPS
+        if (found := chosen(runs, discrepancy_bound=of_mask, clip=clip))
+    ]
+    return _table(("mask", "clip", *_ABLATION_HEAD), rows)
+
+
+_ABLATION_HEAD = ("seeds", "last 3, mean (range)", "curve, mean (range)", "kept", "clipped", "leak")
+
+
+def _ablation(runs: Sequence[Run]) -> list[str]:
+    return [
+        str(len(runs)),
+        spread(runs, last_mean).text(),
+        spread(runs, curve_mean).text(),
+        *(f"{spread(runs, value).mean:.3f}" for value in (keep, clipped, leak)),
+    ]
+
+
+def proposition_table() -> str:
+    """Largest relative difference of a parameter to the log-linear run, over all noted steps, and of the rewards."""
+    rows = []
+    for run in load_document("proposition")["runs"]:
+        for name in ("moved", "as they were"):
+            apart = max(abs(a - b) for a, b in zip(run["reward"][name], run["reward"]["log-linear"], strict=True))
+            rows.append([str(run["seed"]), name, f"{max(run['difference'][name]):.1e}", f"{apart:.4f}"])
+    return _table(("seed", "thresholds on the total ratio", "parameters", "reward"), rows)
+
+
+def device_time_table() -> str:
+    """Simulated seconds a step."""
+    document = load_document("device_time")
+    rows = [
+        [
+            ratio,
+            f"{of_batches:.0%}",
+            f"{single:g}",
+            f"{overlapped:g}",
+            *(f"{found:.0f} ({found / single - 1:+.1%})" for found in simulated),
+        ]
+        for ratio, of_batches, single, overlapped, *simulated in document["table"]
+    ]
+    ideal = [[ratio, f"{single:.3f}", f"{dedicated:.3f}"] for ratio, single, dedicated in document["ideal"]]
+    return "\n\n".join(
+        (
+            _table(
+                (
+                    "pool : trainer",
+                    "spread of batches",
+                    "single",
+                    "overlapped (paper)",
+                    "in step (simulated)",
+                    "queued (simulated)",
+                ),
+                rows,
+            ),
+            _table(("pool : trainer", "single", "dedicated, no overhead"), ideal),
+        )
+    )
+
+
+def machine_line(runs: Sequence[Run]) -> str:
+    """Machines and dates of the runs, and what they cost."""
+    machines = sorted({run.record["machine"] for run in runs})
+    dates = sorted({run.record["date"] for run in runs})
+    return f"{'; '.join(machines)}. {' to '.join(sorted({dates[0], dates[-1]}))}; {len(runs)} runs, {cpu_minutes(runs):.0f} CPU minutes."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
