@@ -18,7 +18,7 @@ from bench.staleness.sweeps import CAPS, DECAYS
 from rljob.plots import COLORS, STYLE
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-ARM_COLORS: dict[Arm, str] = dict(zip(ARMS, COLORS, strict=False))
+ARM_COLORS: dict[Arm, str] = {**dict(zip(ARMS, COLORS, strict=False)), "engine": "#111827"}
 FRESH_COLOR = "#9ca3af"
 MIDDLE_PHASE = 1
 
@@ -74,15 +74,9 @@ def discrepancy(runs: Sequence[Run], cap: int, path: Path) -> None:
         axes = figure.subplots()
         for arm in ARMS:
             found = pooled_buckets(chosen(runs, arm=arm, cap=cap), MIDDLE_PHASE)
-            if found and arm != "engine":  # its log r_d is 0 by definition
-                axes.plot(
-                    list(found),
-                    [used for used, _ in found.values()],
-                    "o-",
-                    color=ARM_COLORS[arm],
-                    markersize=3,
-                    label=arm,
-                )
+            found = {n: used for n, (used, _) in found.items() if used > 0}  # where mu is the reference, it is 0
+            if found:
+                axes.plot(list(found), list(found.values()), "o-", color=ARM_COLORS[arm], markersize=3, label=arm)
         axes.set(
             yscale="log",
             xlabel="staleness of the token, versions",

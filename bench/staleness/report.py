@@ -32,42 +32,51 @@ LARGEST_CAP = sweeps.CAPS[-1]
 
 def write() -> None:
     """Make everything anew from bench/staleness/results/."""
-    bound = sweeps.calibrated_bound()
-    variable, fixed, opened = load("variable"), load("fixed"), load("open_mask")
+    PAGE.write_text(filled(PAGE.read_text(), tables()))
+    bound, images = sweeps.calibrated_bound(), figures.IMAGES
+    variable, fixed = load("variable"), load("fixed")
     fresh = chosen(variable, cap=0)
-    by_cap = {
-        f"{delay}-{cap}": learning_table(chosen(runs, cap=cap), fresh)
-        for delay, runs in (("variable", variable), ("fixed", fixed))
-        for cap in sweeps.CAPS
-    }
-    tables = {
-        "machine": machine_line([*load("calibration"), *variable, *fixed, *opened]),
-        "calibration": calibration_table(load("calibration"), bound),
-        **by_cap,
-        "open": learning_table(opened, fresh),
-        "discrepancy": discrepancy_table(chosen(variable, cap=LARGEST_CAP)),
-        "decay": decay_table(load("decay"), bound),
-        "reset": reset_table(
-            {
-                bound: [*chosen(variable, cap=sweeps.ABLATION_CAP), *load("reset")],
-                sweeps.OPEN_BOUND: [*opened, *load("reset")],
-            }
-        ),
-        "thresholds": thresholds_table(load("thresholds"), bound),
-        "table-4": _table(("n", "mask low", "mask high", "clip low", "clip high"), table_4()),
-        "proposition": proposition_table(),
-        "device-time": device_time_table(),
-    }
-    PAGE.write_text(filled(PAGE.read_text(), tables))
-
-    images = figures.IMAGES
     figures.learning(fresh, variable, "variable", images / "staleness-variable.svg")
-    figures.learning(fresh, fixed, "fixed", images / "staleness-fixed.svg")
     figures.by_cap(fresh, {"variable": variable, "fixed": fixed}, images / "staleness-by-cap.svg")
     figures.discrepancy(variable, LARGEST_CAP, images / "staleness-discrepancy.svg")
     figures.fractions(variable, LARGEST_CAP, images / "staleness-fractions.svg")
     figures.decays(load("decay"), (bound, sweeps.OPEN_BOUND), images / "staleness-decay.svg")
     figures.proposition(load_document("proposition"), images / "staleness-proposition.svg")
+
+
+def tables() -> dict[str, str]:
+    """Each table of the page, by the name in its marker."""
+    bound = sweeps.calibrated_bound()
+    of_sweep = {name: load(name) for name in ("calibration", *sweeps.SWEEPS)}
+    variable, opened = of_sweep["variable"], of_sweep["open_mask"]
+    fresh, sorting = chosen(variable, cap=0), of_sweep["sort"]
+    learning = {
+        f"{delay}-{cap}": learning_table(chosen(of_sweep[delay], cap=cap), fresh)
+        for delay in ("variable", "fixed")
+        for cap in sweeps.CAPS
+    }
+    of_mask = {bound: chosen(variable, cap=sweeps.ABLATION_CAP), sweeps.OPEN_BOUND: opened}
+    return {
+        **learning,
+        "machine": machine_line([run for runs in of_sweep.values() for run in runs]),
+        "calibration": calibration_table(of_sweep["calibration"], bound),
+        "open": learning_table(opened, chosen(of_sweep["calibration"], cap=0)),
+        "sort": learning_table(chosen(sorting, cap=LARGEST_CAP), chosen(sorting, cap=0)),
+        "discrepancy": discrepancy_table(chosen(variable, cap=LARGEST_CAP)),
+        "mask-width": mask_width_table(
+            {
+                bound: of_mask[bound],
+                **{width: chosen(of_sweep["mask_width"], discrepancy_bound=width) for width in sweeps.MASKS_BETWEEN},
+                sweeps.OPEN_BOUND: opened,
+            }
+        ),
+        "decay": decay_table(of_sweep["decay"], bound),
+        "reset": reset_table({mask: [*runs, *of_sweep["reset"]] for mask, runs in of_mask.items()}),
+        "thresholds": thresholds_table(of_sweep["thresholds"], bound),
+        "table-4": _table(("n", "mask low", "mask high", "clip low", "clip high"), table_4()),
+        "proposition": proposition_table(),
+        "device-time": device_time_table(),
+    }
 
 
 def filled(page: str, tables: dict[str, str]) -> str:
@@ -142,6 +151,19 @@ def discrepancy_table(runs: Sequence[Run]) -> str:
         if found:
             rows.append([arm, *(f"{used:.4f}" for used, _ in found.values())])
     return _table(("old policy", *(str(n) for n in range(LARGEST_CAP + 1))), rows)
+
+
+def mask_width_table(runs: dict[float, Sequence[Run]]) -> str:
+    """Mean of the last evaluations by mask and arm, over the seeds that all masks have."""
+    seeds = set.intersection(*({run.settings.seed for run in of_mask} for of_mask in runs.values()))
+    rows = []
+    for arm in ARMS:
+        cells = []
+        for of_mask in runs.values():
+            found = [run for run in chosen(of_mask, arm=arm) if run.settings.seed in seeds]
+            cells.append(f"{spread(found, last_mean).text(2)}; {spread(found, keep).mean:.2f}" if found else "–")
+        rows.append([arm, *cells])
+    return _table(("old policy", *(f"[1/{width:g}, {width:g}]" for width in runs)), rows)
 
 
 def decay_table(runs: Sequence[Run], bound: float) -> str:

@@ -17,6 +17,7 @@ RESET_THRESHOLDS = (0.8,)
 """Besides 0.9 and off, which are arms of the learning sweep."""
 CLIPS = (0.1, 0.2, 0.4)
 ABLATION_CAP = 4
+MASKS_BETWEEN = (1.05, 1.2)
 OPEN_BOUND = 2.0
 """The project's default for a mask on single tokens."""
 
@@ -68,6 +69,22 @@ def open_mask(bound: float) -> Iterator[Settings]:
             yield replace(settings, discrepancy_bound=OPEN_BOUND)
 
 
+def mask_width(bound: float) -> Iterator[Settings]:
+    """Masks between the calibrated and the default one: how wide must it be to do no harm?"""
+    for seed in SEEDS[:2]:
+        for of_mask in MASKS_BETWEEN:
+            for arm in ARMS:
+                if arm not in ("ewma-no-reset", "engine"):
+                    yield Settings(arm=arm, cap=ABLATION_CAP, delay="variable", seed=seed, discrepancy_bound=of_mask)
+
+
+def sort(bound: float) -> Iterator[Settings]:
+    """Every arm on a harder task, with the largest cap: whether the order hangs on the task."""
+    for settings in variable(bound):
+        if settings.cap in (0, max(CAPS)):
+            yield replace(settings, task="sort", digits=4, steps=300, learning_rate=1e-3)
+
+
 def decay(bound: float) -> Iterator[Settings]:
     """Fixed decays of the averaged weights, without resets, which would hide them; both masks."""
     for seed in SEEDS:
@@ -116,8 +133,10 @@ def mask_bounds(bound: float) -> tuple[float, float, float]:
 SWEEPS = {
     "variable": variable,
     "open_mask": open_mask,
-    "fixed": fixed,
     "decay": decay,
     "reset": reset,
     "thresholds": thresholds,
+    "mask_width": mask_width,
+    "fixed": fixed,
+    "sort": sort,
 }

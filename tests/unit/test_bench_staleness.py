@@ -275,3 +275,9 @@ def test_tables_replace_what_stands_between_their_markers() -> None:
     assert report.filled(page, {"one": "new"}) == "before\n<!-- staleness:one -->\nnew\n<!-- end -->\nafter\n"
     with pytest.raises(LookupError, match="asks for the table 'one'"):
         report.filled(page, {"two": "new"})
+
+
+def test_the_tables_on_the_page_are_those_of_the_stored_runs() -> None:
+    page = report.PAGE.read_text()
+    assert report.filled(page, report.tables()) == page
+    assert "<!-- staleness:variable-8 -->" in page
