@@ -308,6 +308,24 @@ class BucketStats(FrozenModel):
     max_abs_log_discrepancy: float
 
 
+class EwmaReport(FrozenModel):
+    """The average of weights as it stands after a step's version was published."""
+
+    decay: float
+    weight: float
+    """1 after a reset, towards 1 / (1 - decay)."""
+    center_of_mass: float
+    """Mean age of the weights in it, in versions."""
+    relative_distance: float
+    """Norm of (present weights - average) over that of the present weights."""
+    resets: int
+    steps_since_reset: int
+    low_streak: int
+    """Steps in a row whose keep fraction was below the reset threshold."""
+    staleness_gap: float
+    """Mean staleness of the last steps minus the center of mass, in versions: the average leaks least at 0."""
+
+
 class StepReport(WireMessage):
     """What one step did: one message a step on the steps stream, one line in metrics.jsonl."""
 
@@ -329,6 +347,8 @@ class StepReport(WireMessage):
     sources: dict[str, SourceStats] = Field(default_factory=dict)
     staleness: Distribution = Field(default_factory=Distribution)
     discrepancy_by_staleness: dict[str, BucketStats] = Field(default_factory=dict)
+    ewma: EwmaReport | None = None
+    """Where the route or the fallback is the average of weights."""
     keep_fraction: float
     clip_fraction: float
     active_fraction: float

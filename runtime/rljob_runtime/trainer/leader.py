@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from rljob_api.errors import DeadlineExceeded, StorageError
-from rljob_api.messages import CheckpointPointer, JobSettings, PublishedVersion, TrainerPhase, TrainerState
+from rljob_api.messages import CheckpointPointer, EwmaReport, JobSettings, PublishedVersion, TrainerPhase, TrainerState
 from rljob_api.names import KEY_SETTINGS, KEY_TRAINER
 from rljob_api.spec import RLJobSpec
 from rljob_api.weights import ModelFile, Probe
@@ -170,7 +170,15 @@ class Leader:
         self._call(self._intake.step_trained(version))
 
     def report(
-        self, *, step: int, version: int, batch: TrainBatch, update: UpdateReport, rate: float, seconds: Seconds
+        self,
+        *,
+        step: int,
+        version: int,
+        batch: TrainBatch,
+        update: UpdateReport,
+        ewma: EwmaReport | None,
+        rate: float,
+        seconds: Seconds,
     ) -> None:
         """Put the step's report on the steps stream and the step into the record."""
         taken = self._taken
@@ -184,6 +192,7 @@ class Leader:
             rate=rate,
             taken=taken,
             update=update,
+            ewma=ewma,
             groups_without_variance=batch.groups_without_variance,
             tokens_trained=self._tokens_trained,
             totals=self._call(self._intake.totals()),

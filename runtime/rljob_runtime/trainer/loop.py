@@ -19,6 +19,7 @@ import torch
 
 from rljob_api.messages import TrainerPhase
 from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.trainer.batch import TrainBatch, broadcast_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, save_checkpoint
@@ -29,6 +30,7 @@ from rljob_runtime.trainer.optimizer import learning_rate
 from rljob_runtime.trainer.probe import make_probe
 from rljob_runtime.trainer.reporting import Seconds
 from rljob_runtime.trainer.shared_file import on_every_node
+from rljob_runtime.trainer.step_statistics import step_statistics
 from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
 
 IDLE_SECONDS = 5.0
@@ -53,6 +55,7 @@ class Trainer:
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         snapshots: SnapshotStore,
+        average: AveragedPolicy | None,
         leader: Leader | None,
         checkpoint_root: Path,
         scratch: Path,
@@ -67,6 +70,7 @@ class Trainer:
         self._policy = policy
         self._optimizer = optimizer
         self._snapshots = snapshots
+        self._average = average
         self._leader = leader
         self._checkpoint_root = checkpoint_root
         self._scratch = scratch
@@ -118,14 +122,18 @@ class Trainer:
         started = time.monotonic()
         self._max_versions = batch.max_versions
         self._reload_snapshots(batch)
-        old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world)
+        old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world, self._average)
         scored = time.monotonic()
         rate = learning_rate(self._spec.training, self._step)
         update = train_on(self._policy, self._optimizer, batch, old, self._settings, self._world, rate=rate)
+        if self._average is not None:
+            self._average.observe(step_statistics(batch, update, self._settings))
         trained = time.monotonic()
         self._step += 1
         self._version += 1
         self._publish()
+        if self._average is not None:
+            self._average.published(self._policy)
         if self._leader is not None:
             self._leader.step_trained(self._version, update)
         published = time.monotonic()
@@ -135,7 +143,13 @@ class Trainer:
         seconds.publishing, seconds.checkpointing = published - trained, time.monotonic() - published
         if self._leader is not None:
             self._leader.report(
-                step=self._step, version=self._version, batch=batch, update=update, rate=rate, seconds=seconds
+                step=self._step,
+                version=self._version,
+                batch=batch,
+                update=update,
+                ewma=None if self._average is None else self._average.report(),
+                rate=rate,
+                seconds=seconds,
             )
 
     def _reload_snapshots(self, batch: TrainBatch) -> None:
@@ -174,7 +188,7 @@ class Trainer:
             state = self._leader.checkpoint_state(version=self._version, step=self._step)
         else:
             state = CheckpointState(epoch=self._epoch, version=self._version, step=self._step, ledger={})
-        name = save_checkpoint(self._checkpoint_root, self._policy, self._optimizer, state, self._world)
+        name = save_checkpoint(self._checkpoint_root, self._policy, self._optimizer, state, self._world, self._average)
         if self._leader is not None:
             self._leader.checkpointed(self._checkpoint_root, name, version=self._version, step=self._step)
         self._checkpointed_step = self._step

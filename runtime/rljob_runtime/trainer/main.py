@@ -26,6 +26,7 @@ from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_runtime import termination
 from rljob_runtime.accelerator import check_accelerator
+from rljob_runtime.correction.averaged_policy import averaged_policy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.model_source import materialise
 from rljob_runtime.settings import RuntimeSettings
@@ -142,6 +143,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
         model_directory, compute_type=spec.training.compute_type, device=world.device, mesh=world.mesh
     )
     optimizer = build_optimizer(policy, spec.training)
+    average = averaged_policy(spec.correction, policy)
     background = Background() if world.is_main else None
     publisher: Publisher | None = None
     link: Link | None = None
@@ -153,7 +155,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
         start = _agree_on_start(publisher, world)
         ledger, counters = admission.new_ledger(), dict[str, object]()
         if start.checkpoint:
-            state = load_checkpoint(settings.checkpoint_dir / start.checkpoint, policy, optimizer, world)
+            state = load_checkpoint(settings.checkpoint_dir / start.checkpoint, policy, optimizer, world, average)
             if state.step != start.step:
                 raise CheckpointCorrupt(
                     f"checkpoint {start.checkpoint} is of step {state.step}, its pointer says {start.step}"
@@ -172,6 +174,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             policy=policy,
             optimizer=optimizer,
             snapshots=SnapshotStore(compute_dtype(spec.training.compute_type)),
+            average=average,
             leader=leader,
             checkpoint_root=settings.checkpoint_dir,
             scratch=settings.cache_dir / "versions",

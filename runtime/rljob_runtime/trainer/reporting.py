@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rljob_api.messages import StepReport
+from rljob_api.messages import EwmaReport, StepReport
 from rljob_runtime.trainer.intake import IntakeTotals, Taken
 from rljob_runtime.trainer.update import UpdateReport
 
@@ -37,6 +37,7 @@ def step_report(
     rate: float,
     taken: Taken,
     update: UpdateReport,
+    ewma: EwmaReport | None,
     groups_without_variance: int,
     tokens_trained: int,
     totals: IntakeTotals,
@@ -62,6 +63,7 @@ def step_report(
         sources=update.sources,
         staleness=update.staleness,
         discrepancy_by_staleness=update.discrepancy_by_staleness,
+        ewma=ewma,
         keep_fraction=update.keep_fraction,
         clip_fraction=update.clip_fraction,
         active_fraction=update.active_fraction,

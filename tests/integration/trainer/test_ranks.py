@@ -22,7 +22,7 @@ from rljob_runtime.trainer.distributed import distributed_world
 ROOT = Path(__file__).parents[3]
 
 
-def torchrun(folder: Path) -> None:
+def torchrun(folder: Path, script: str = "ranks.py") -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,7 +36,7 @@ def torchrun(folder: Path) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     process = subprocess.Popen(
-        [sys.executable, *command, str(Path(__file__).with_name("ranks.py")), str(folder)],
+        [sys.executable, *command, str(Path(__file__).with_name(script)), str(folder)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
