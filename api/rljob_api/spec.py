@@ -273,7 +273,10 @@ class Staleness(FrozenModel):
         default=4,
         ge=0,
         le=1024,
-        description="Bound η on the staleness of a trained token, in weight versions. 0 is synchronous.",
+        description=(
+            "Bound η on the staleness of a trained token, in weight versions. 0 is synchronous. May change while the job "
+            "runs; with correction.snapshots.memoryBytes, and a model whose size is known, as far as that memory goes."
+        ),
     )
     on_exceeded: OnExceeded = Field(
         default=OnExceeded.MASK_TOKENS,
@@ -316,7 +319,12 @@ class Snapshots(FrozenModel):
         default=None,
         ge=0,
         le=1 << 50,
-        description="Host memory for old versions, a trainer process; unset is no bound.",
+        description=(
+            "Host memory for old versions, a trainer process; unset is no bound. Without spill it must hold "
+            "staleness.maxVersions + 1 full copies of the process's share of the model, checked where the size is known "
+            "beforehand (model.random). Differences are smaller as a rule, but not always. It cannot be raised later, "
+            "staleness.maxVersions can: leave room."
+        ),
     )
     spill: bool = Field(
         default=False, description="Keep what is over memoryBytes on the pod's local disk, memory-mapped."
@@ -326,12 +334,16 @@ class Snapshots(FrozenModel):
 class Eager(FrozenModel):
     """Scoring in the trainer's idle time, while the version that made a token is still resident."""
 
-    enabled: bool = Field(default=True, description="Score ahead of the step whatever there is, while no batch is ready.")
+    enabled: bool = Field(
+        default=True, description="Score ahead of the step whatever there is, while no batch is ready."
+    )
     prefix_tokens: int = Field(
         default=256,
         ge=0,
         le=1 << 20,
-        description="Workers send what they have of an unfinished trajectory each time that many tokens are new; 0: never.",
+        description=(
+            "Workers send what they have of an unfinished trajectory each time that many tokens are new; 0 is never."
+        ),
     )
 
 
@@ -356,9 +368,14 @@ class EwmaReset(FrozenModel):
 class Ewma(FrozenModel):
     """Averaged weights (revised PPO-EWMA). Neither decay nor window: the decay follows the measured staleness."""
 
-    decay: float | None = Field(default=None, ge=0, lt=1, description="Fixed decay β of the average, a version.")
+    decay: float | None = Field(
+        default=None, ge=0, lt=1, description="Fixed decay β of the average, a version; not with window."
+    )
     window: int | None = Field(
-        default=None, ge=1, le=1024, description="Largest version gap W that the average is for: β = W/(W+2)."
+        default=None,
+        ge=1,
+        le=1024,
+        description="Largest version gap W that the average is for: β = W/(W+2); not with decay.",
     )
     reset: EwmaReset = Field(default_factory=EwmaReset, description="When the average starts anew.")
 
@@ -499,7 +516,8 @@ class RLJobSpec(FrozenModel):
         default=900,
         ge=1,
         description=(
-            "Trainer and minReplicas of every pool must run by then, else the job fails with StartDeadlineExceeded."
+            "Trainer, minReplicas of every rollout pool and, with an old-policy pool, one worker of it must run by then, "
+            "else the job fails with StartDeadlineExceeded."
         ),
     )
     ttl_seconds_after_finished: int | None = Field(
@@ -518,7 +536,11 @@ class RLJobSpec(FrozenModel):
     messaging: Messaging = Field(default_factory=Messaging, description="The NATS server that the pods use.")
     trainer: TrainerPool = Field(default_factory=TrainerPool, description="The trainer pool (torchrun, FSDP2).")
     old_policy_pool: OldPolicyPool | None = Field(
-        default=None, description="Workers that score tokens under old versions, for correction.oldLogprobs Dedicated."
+        default=None,
+        description=(
+            "Workers that score tokens under old versions: needed by correction.oldLogprobs Dedicated, refused with any "
+            "other. `{}` is one worker with defaults."
+        ),
     )
     rollout_pools: Annotated[tuple[RolloutPool, ...], Field(min_length=1, max_length=16)] = Field(
         description="Pools of rollout workers, by name.", json_schema_extra=LIST_MAP_BY_NAME

@@ -23,7 +23,7 @@ from rljob_api.validate import parse_job
 MESSAGES = {rule.id: rule.message for rule in (*RULES, *CLUSTER_RULES)}
 OF_SPEC = [bound for bound in BOUNDS if not bound.path.startswith("status.")]
 OF_STATUS = [bound for bound in BOUNDS if bound.path.startswith("status.")]
-BY_SCHEMA = {"unique-pool-names", "trainer-template-containers", "rollout-template-containers"}
+BY_SCHEMA = {"unique-pool-names", *(f"{pool}-template-containers" for pool in ("trainer", "rollout", "old-policy"))}
 """Rules without an expression that the schema itself holds."""
 
 
