@@ -313,7 +313,7 @@ class Discrepancy(FrozenModel):
 
 
 class Snapshots(FrozenModel):
-    """Old versions in the trainer, for Snapshot. In BFloat16 a version is kept as its difference to the next one."""
+    """Old versions in the trainer; in BFloat16 each as its difference to the next one."""
 
     memory_bytes: int | None = Field(
         default=None,
@@ -389,7 +389,13 @@ class Correction(FrozenModel):
         default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had."
     )
     objective: Objective = Field(default=Objective.DECOUPLED, description="How the two ratios enter the loss.")
-    snapshots: Snapshots = Field(default_factory=Snapshots, description="Old versions in the trainer, for Snapshot.")
+    snapshots: Snapshots = Field(
+        default_factory=Snapshots,
+        description=(
+            "Old versions in the trainer, for Snapshot. With training.computeType BFloat16 a version is kept as its "
+            "difference to the next one."
+        ),
+    )
     eager: Eager = Field(
         default_factory=Eager, description="Scoring in the trainer's idle time, for Snapshot and Interruption."
     )
@@ -398,7 +404,9 @@ class Correction(FrozenModel):
         default=600.0,
         gt=0,
         le=86400,
-        description="Dedicated: how long a step waits for the old-policy pool before the fallback takes a token.",
+        description=(
+            "Dedicated: how long a step waits for the old-policy pool; then the fallback takes the tokens that are missing."
+        ),
     )
     barrier_timeout_seconds: float = Field(
         default=60.0,

@@ -115,6 +115,18 @@ def test_a_change_of_how_a_job_runs_passes(apiserver: Apiserver, transition: Tra
         assert changed_job.accepted, changed_job.causes
 
 
+def test_the_staleness_bound_of_a_job_is_raised_as_far_as_its_snapshots_memory_goes(apiserver: Apiserver) -> None:
+    (case, *_) = [case for case in CASES if case.rule == "snapshots-fit-memory"]
+    room_for_five = changed(ON_A_CLUSTER | case.accepted)
+    with job(apiserver, room_for_five) as existing:
+        lower = existing | {"spec": existing["spec"] | {"staleness": {"maxVersions": 3}}}
+        assert apiserver.replace(lower).accepted
+        higher = existing | {"spec": existing["spec"] | {"staleness": {"maxVersions": 5}}}
+        ((field, message),) = apiserver.replace(higher).causes
+        assert field == "spec.correction.snapshots.memoryBytes"
+        assert "keep staleness.maxVersions at what the memory holds" in message
+
+
 def test_defaults_are_filled_in_as_the_models_have_them(apiserver: Apiserver) -> None:
     created = apiserver.create(changed(ON_A_CLUSTER))
     sent = {"metadata": {"name": created.body["metadata"]["name"]}, "spec": created.body["spec"]}

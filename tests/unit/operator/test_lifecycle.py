@@ -225,9 +225,9 @@ def test_a_live_change_touches_no_child() -> None:
 def test_a_changed_template_rolls_that_pool_and_a_newer_operator_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = running()
     before = {pod["metadata"]["uid"] for pool in ("main", "trainer") for pod in fake.pods(pool)}
-    from rljob_operator.core.builders import rollout_deployment, trainer_job
+    from rljob_operator.core.builders import trainer_job, worker_deployment
 
-    for module in (rollout_deployment, trainer_job):
+    for module in (worker_deployment, trainer_job):
         monkeypatch.setattr(module, "pod_template", lambda *_: {"metadata": {}, "spec": {"changed": True}})
     fake.settle()
     assert {pod["metadata"]["uid"] for pool in ("main", "trainer") for pod in fake.pods(pool)} == before

@@ -28,7 +28,10 @@ def trainer_hash(spec: RLJobSpec) -> str:
 def pool_hash(spec: RLJobSpec, pool: str) -> str:
     """Changes exactly when the pool's pods must be replaced."""
     document = _as_sent(spec)
-    own = next(item for item in document["rolloutPools"] if item["name"] == pool)
+    if pool == names.OLD_POLICY_POOL:
+        own = document["oldPolicyPool"]
+    else:
+        own = next(item for item in document["rolloutPools"] if item["name"] == pool)
     kept = {key: value for key, value in own.items() if key not in ("replicas", "minReplicas")}
     computed = document["training"]["computeType"]
     shared = {field: document.get(field) for field in _EVERYONE}
@@ -40,7 +43,7 @@ def config_map(observed: Observed, spec: RLJobSpec, name: str, *, pool: str, att
     document = _as_sent(spec)
     for field in ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished", "failurePolicy"):
         document.pop(field, None)
-    for part in (document.get("trainer", {}), *document["rolloutPools"]):
+    for part in (document.get("trainer", {}), document.get("oldPolicyPool", {}), *document["rolloutPools"]):
         part.pop("template", None)  # may hold what the pods need not read
     content = {
         "apiVersion": names.API_VERSION,
