@@ -210,7 +210,7 @@ def test_an_old_policy_pool_is_a_deployment_of_scorers_of_its_own() -> None:
     assert deployment["spec"]["selector"] == {"matchLabels": labels}
     assert deployment["spec"]["template"]["metadata"]["labels"] == labels
     item = container(deployment, "old-policy")
-    assert item["command"] == ["rljob", "old-policy"]
+    assert item["command"] == ["python", "-m", "rljob_runtime.old_policy"]
     told = environment(item)
     assert (told[names.ENV_POOL], told[names.ENV_UID]) == ("old-policy", fake.job["metadata"]["uid"])
     (worker,) = [variable for variable in item["env"] if variable["name"] == names.ENV_WORKER]

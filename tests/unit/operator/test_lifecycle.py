@@ -357,6 +357,16 @@ def test_a_change_of_a_rollout_pool_or_the_trainer_leaves_the_old_policy_pool_al
     assert uids(fake, "old-policy") == own
 
 
+def test_the_portions_that_are_scored_at_once_change_for_the_trainer_and_the_old_policy_pool() -> None:
+    fake = running(DEDICATED)
+    own, rollouts = uids(fake, "old-policy"), uids(fake, "main")
+    fake.edit(training=fake.job["spec"]["training"] | {"tokensPerMicroBatch": 1024})
+    fake.settle()
+    assert fake.status.attempt == 2
+    assert uids(fake, "main") == rollouts
+    assert len(uids(fake, "old-policy")) == 2 and not uids(fake, "old-policy") & own
+
+
 def test_suspension_takes_the_old_policy_pool_and_resumption_brings_it_back() -> None:
     fake = running(DEDICATED)
     fake.edit(suspend=True)

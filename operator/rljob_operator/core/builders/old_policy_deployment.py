@@ -22,7 +22,7 @@ def old_policy_deployment(observed: Observed, spec: RLJobSpec, pool: OldPolicyPo
     workers = Workers(
         pool=names.OLD_POLICY_POOL,
         container=names.OLD_POLICY_CONTAINER,
-        command=("rljob", "old-policy"),
+        command=("python", "-m", "rljob_runtime.old_policy"),
         grace_seconds=GRACE_SECONDS,
         replicas=pool.replicas,
         template=pool.template,
