@@ -308,6 +308,20 @@ class BucketStats(FrozenModel):
     max_abs_log_discrepancy: float
 
 
+class DedicatedReport(FrozenModel):
+    """How a step's old-policy pool did (route Dedicated). Tokens are those within the bound that are not resident."""
+
+    waiting_seconds: float = 0.0
+    """How long the step, otherwise ready, waited for scores; part of its `seconds_waiting`."""
+    tokens_scored: int = 0
+    tokens_late: int = 0
+    """No old-policy worker had scored them when the wait was over: the fallback's."""
+    backlog: int = 0
+    """Trajectories that no worker had scored yet."""
+    workers: int = 0
+    """Old-policy workers alive."""
+
+
 class StepReport(WireMessage):
     """What one step did: one message a step on the steps stream, one line in metrics.jsonl."""
 
@@ -351,6 +365,7 @@ class StepReport(WireMessage):
     seconds_publishing: float = 0.0
     seconds_checkpointing: float = 0.0
     seconds_total: float = 0.0
+    dedicated: DedicatedReport | None = None
     queue_tasks: int = 0
     queue_trajectories: int = 0
     finished_at: float = 0.0

@@ -98,15 +98,18 @@ class TrajectoryClaims:
                 await claimed.release()
 
     async def backlog(self) -> int:
-        """Trajectories that no worker has scored yet, leased ones included.
+        """Trajectories that no worker has scored yet, leased ones included; 0 where the job has no old-policy pool.
 
         Raises:
             DeadlineExceeded: NATS was away for too long.
         """
         names = self._link.names
-        info = await self._link.retry(
-            "old-policy backlog",
-            lambda: self._link.jetstream.consumer_info(names.trajectories_stream, names.old_policy_consumer),
-            deadline_seconds=REQUEST_SECONDS,
-        )
+        try:
+            info = await self._link.retry(
+                "old-policy backlog",
+                lambda: self._link.jetstream.consumer_info(names.trajectories_stream, names.old_policy_consumer),
+                deadline_seconds=REQUEST_SECONDS,
+            )
+        except nats.js.errors.NotFoundError:
+            return 0
         return int(info.num_pending or 0) + int(info.num_ack_pending or 0)

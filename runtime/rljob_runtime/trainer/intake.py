@@ -16,13 +16,14 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from rljob_api.errors import DeadlineExceeded, MalformedMessage
 from rljob_api.messages import Outcome, Task
 from rljob_api.spec import RLJobSpec, Staleness
 from rljob_protocol import admission
-from rljob_protocol.admission import AdmissionSettings, Ledger, SampleSeen, Verdict
+from rljob_protocol.admission import AdmissionSettings, BatchGroup, Ledger, SampleSeen, Verdict
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_runtime.trajectory_codec import Trajectory, decode_trajectory
 
@@ -40,6 +41,8 @@ class Taken:
     """Version -> staleness, for all versions in the groups."""
     max_versions: int
     """The bound that they were taken under."""
+    sequences: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(task, sample) -> sequence of its message on the trajectory stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,12 @@ class Intake:
         tasks: TaskQueue,
         log: TrajectoryLog,
         logger: logging.Logger,
+        may_train: Callable[[Taken], bool] = lambda _: True,
     ) -> None:
-        """`ledger`, `cursor` and `totals` are those of the checkpoint: the stream is read from behind the cursor."""
+        """`ledger`, `cursor` and `totals` are those of the checkpoint: the stream is read from behind the cursor.
+
+        A batch that is ready is asked about by `may_train`, again and again until it may go.
+        """
         self._settings = admission_settings(spec)
         self._seed = spec.training.seed
         self._epoch = epoch
@@ -103,6 +110,7 @@ class Intake:
         self._tasks = tasks
         self._log = log
         self._logger = logger
+        self._may_train = may_train
         self._payloads: dict[tuple[int, int], Trajectory] = {}
         self._early: dict[tuple[int, int], tuple[int, Trajectory]] = {}
         self._dropped: Counter[str] = Counter(totals.dropped)
@@ -141,18 +149,33 @@ class Intake:
         """Groups of the next step, oldest first; None when they are not there within `wait_seconds`."""
         deadline = time.monotonic() + wait_seconds
         while True:
-            self._ledger, batch = admission.take_batch(self._ledger, self._settings, time.monotonic())
+            ledger, batch = admission.take_batch(self._ledger, self._settings, time.monotonic())
             if batch is not None:
-                groups = tuple(
-                    tuple(self._payloads.pop((group.task, sample)) for sample in group.samples) for group in batch
-                )
-                versions = {version for group in groups for trajectory in group for version in trajectory.versions}
-                staleness = {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)}
-                return Taken(groups, staleness, self._settings.max_versions)
+                taken = self._taken(batch)
+                # Until it may go it stays in the ledger: a stop in between puts it into the checkpoint, untrained.
+                if self._may_train(taken):
+                    self._ledger = ledger
+                    for key in taken.sequences:
+                        del self._payloads[key]
+                    return taken
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
             await self._change(min(remaining, 1.0))
+
+    def _taken(self, batch: Sequence[BatchGroup]) -> Taken:
+        groups = tuple(tuple(self._payloads[(group.task, sample)] for sample in group.samples) for group in batch)
+        versions = {version for group in groups for trajectory in group for version in trajectory.versions}
+        return Taken(
+            groups,
+            {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)},
+            self._settings.max_versions,
+            {
+                (group.task, sample): self._ledger.groups[group.task].samples[sample].sequence
+                for group in batch
+                for sample in group.samples
+            },
+        )
 
     async def use(self, staleness: Staleness) -> None:
         """A bound and a rule that changed while the job runs; they hold from the next batch on."""
@@ -213,6 +236,10 @@ class Intake:
             await self._expire()
             await self._admit()
             await self._change(1.0)
+
+    async def wake(self) -> None:
+        """Something that `may_train` asks about has changed."""
+        await self._notify()
 
     async def _notify(self) -> None:
         async with self._changed:

@@ -26,6 +26,7 @@ from rljob_protocol.streams import StepLog, TrajectoryLog
 from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.batch import TrainBatch, build_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, prune
+from rljob_runtime.trainer.dedicated import DedicatedScores
 from rljob_runtime.trainer.intake import Intake, Taken
 from rljob_runtime.trainer.publisher import Publisher, oldest_version_needed
 from rljob_runtime.trainer.record import RecordedRow, Recorder
@@ -62,6 +63,7 @@ class Leader:
         model_files: Sequence[ModelFile],
         recorder: Recorder | None,
         logger: logging.Logger,
+        dedicated: DedicatedScores | None = None,
     ) -> None:
         self._background = background
         self._link = link
@@ -76,6 +78,7 @@ class Leader:
         self._model_files = tuple(model_files)
         self._recorder = recorder
         self._logger = logger
+        self._dedicated = dedicated
         self._steps = StepLog(link)
         self._log = TrajectoryLog(link)
         self._beat = 0
@@ -98,6 +101,8 @@ class Leader:
         self._background.start(self._intake.run())
         self._background.start(self._heartbeats())
         self._background.start(self._follow_settings())
+        if self._dedicated is not None:
+            self._background.start(self._dedicated.run(self._intake.wake))
 
     def phase(self, phase: TrainerPhase, step: int, version: int) -> None:
         """What the next heartbeats say."""
@@ -119,6 +124,7 @@ class Leader:
             max_versions=taken.max_versions,
             advantage=self._spec.training.advantage,
             staleness_of=taken.staleness.__getitem__,
+            known_of=None if self._dedicated is None else self._dedicated.known_of,
         )
 
     def fetch_version(self, version: int) -> Path | None:
@@ -190,6 +196,7 @@ class Leader:
             queues=self._call(self._intake.queue_depths()),
             seconds=seconds,
             now=time.time(),
+            dedicated=None if self._dedicated is None else self._dedicated.report,
         )
         if self._recorder is not None:
             self._recorder.add_step(
@@ -228,6 +235,8 @@ class Leader:
         self._call(self._publisher.point_to_checkpoint(pointer))
         prune(root, keep=self._spec.storage.checkpoint.keep, current=name)
         self._call(self._log.cut(self._cursor))
+        if self._dedicated is not None:
+            self._call(self._dedicated.forget(self._cursor))
         oldest = oldest_version_needed(self._publisher.retained, checkpoint_step=step, max_versions=self._max_versions)
         deleted = self._call(self._publisher.keep_versions_from(oldest))
         self._stream_checked = float("-inf")
@@ -245,7 +254,10 @@ class Leader:
 
     async def _send_heartbeat(self) -> None:
         self._beat += 1
-        await self._link.beat(KEY_TRAINER, self._state.model_copy(update={"beat": self._beat}))
+        said: dict[str, object] = {"beat": self._beat}
+        if self._dedicated is not None and self._dedicated.message:
+            said["message"] = self._dedicated.message
+        await self._link.beat(KEY_TRAINER, self._state.model_copy(update=said))
 
     async def _follow_settings(self) -> None:
         """Live fields of the spec, as the operator writes them."""

@@ -21,6 +21,7 @@ from rljob_api.base import FrozenModel
 from rljob_api.errors import CheckpointCorrupt, RljobError
 from rljob_api.messages import CheckpointPointer, PublishedVersion
 from rljob_api.names import JobNames
+from rljob_api.spec import OldLogprobs
 from rljob_protocol import admission, logs
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
@@ -32,6 +33,7 @@ from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.termination import Termination
 from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.checkpoint import load_checkpoint
+from rljob_runtime.trainer.dedicated import DedicatedScores
 from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world, largest
 from rljob_runtime.trainer.intake import NOTHING, Intake
 from rljob_runtime.trainer.leader import OUTAGE_SECONDS, Leader
@@ -263,6 +265,10 @@ def _make_leader(
         )
         recorder.add_model_files(files, model_directory)
     counted = Counters.model_validate(counters)
+    dedicated = None
+    if spec.correction.old_logprobs is OldLogprobs.DEDICATED:
+        timeout = spec.correction.dedicated_timeout_seconds
+        dedicated = DedicatedScores(link, timeout_seconds=timeout, logger=logger)
     intake = Intake(
         spec=spec,
         epoch=publisher.epoch,
@@ -278,6 +284,7 @@ def _make_leader(
         tasks=TaskQueue(link),
         log=TrajectoryLog(link),
         logger=logger,
+        may_train=(lambda _: True) if dedicated is None else dedicated.may_train,
     )
     return Leader(
         background=background,
@@ -291,6 +298,7 @@ def _make_leader(
         model_files=files,
         recorder=recorder,
         logger=logger,
+        dedicated=dedicated,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rljob_api.messages import StepReport
+from rljob_api.messages import DedicatedReport, StepReport
 from rljob_runtime.trainer.intake import IntakeTotals, Taken
 from rljob_runtime.trainer.update import UpdateReport
 
@@ -43,6 +43,7 @@ def step_report(
     queues: tuple[int, int],
     seconds: Seconds,
     now: float,
+    dedicated: DedicatedReport | None = None,
 ) -> StepReport:
     """The report of a finished step; `tokens_trained` and `totals` are cumulative."""
     trajectories = [trajectory for group in taken.groups for trajectory in group]
@@ -80,6 +81,7 @@ def step_report(
         seconds_publishing=seconds.publishing,
         seconds_checkpointing=seconds.checkpointing,
         seconds_total=seconds.total,
+        dedicated=dedicated,
         queue_tasks=queues[0],
         queue_trajectories=queues[1],
         finished_at=now,
