@@ -29,7 +29,7 @@ from rljob_api.messages import TrajectoryHeader
 from rljob_api.weights import WeightManifest
 
 HEADER_KEY = "rljob"
-EXACT_SOURCES = frozenset({"resident", "snapshot"})
+EXACT_SOURCES = frozenset({"resident", "snapshot", "pool", "dedicated"})
 """Sources that are the weights of the token's own version."""
 UNTRAINED_SOURCES = frozenset({"none", "missing"})
 TOKEN_TENSORS = {

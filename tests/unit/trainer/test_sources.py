@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from rljob_api.spec import OldLogprobs
-from rljob_runtime.correction.snapshots import SnapshotStore
-from rljob_runtime.correction.sources import OldRow, Source, assign_sources, resolve
+from rljob_api.spec import Fallback, OldLogprobs
+from rljob_runtime.correction.snapshots import PublishedParameters, SnapshotStore
+from rljob_runtime.correction.sources import OldRow, Source, assign_sources, interpolated, resolve
 
 BOUND = 3
 VERSION = 10
@@ -159,7 +160,11 @@ def test_random_batches_resolve_as_by_brute_force() -> None:
         (OldLogprobs.SNAPSHOT, ["NONE", "MISSING", "MISSING", "SNAPSHOT", "NONE", "RESIDENT", "RESIDENT"]),
         (OldLogprobs.RESIDENT, ["NONE", "MISSING", "MISSING", "MISSING", "NONE", "RESIDENT", "RESIDENT"]),
         (OldLogprobs.CURRENT, ["NONE", "CURRENT", "CURRENT", "CURRENT", "NONE", "RESIDENT", "RESIDENT"]),
+        (OldLogprobs.DEDICATED, ["NONE", "MISSING", "MISSING", "MISSING", "NONE", "RESIDENT", "RESIDENT"]),
+        (OldLogprobs.INTERRUPTION, ["NONE", "MISSING", "MISSING", "MISSING", "NONE", "RESIDENT", "RESIDENT"]),
         (OldLogprobs.ENGINE, ["NONE", "ENGINE", "ENGINE", "ENGINE", "NONE", "ENGINE", "ENGINE"]),
+        (OldLogprobs.LINEAR, ["NONE", "LINEAR", "LINEAR", "LINEAR", "NONE", "LINEAR", "LINEAR"]),
+        (OldLogprobs.LOG_LINEAR, ["NONE", *["LOG_LINEAR"] * 3, "NONE", *["LOG_LINEAR"] * 2]),
     ],
 )
 def test_the_route_decides_the_source_of_each_token(route: OldLogprobs, expected: list[str]) -> None:
@@ -186,3 +191,85 @@ def test_masters_come_back_when_the_block_fails() -> None:
     store.drop(7)
     store.drop(7)
     assert store.versions == (9,) and store.num_bytes == 4
+
+
+AHEAD = Row(
+    np.array([-1, 8, 8, 9, 9, 10, 5], np.int32),
+    np.array([np.nan, -0.1, np.nan, -0.3, np.nan, -0.5, -0.6], np.float32),
+)
+"""Tokens 1, 3, 5 and 6 were scored ahead; 5 is resident and 6 over the bound all the same."""
+
+
+@pytest.mark.parametrize(
+    ("route", "fallback", "expected"),
+    [
+        (OldLogprobs.SNAPSHOT, Fallback.DROP, ["POOL", "MISSING", "POOL", "SNAPSHOT", "RESIDENT", "NONE"]),
+        (OldLogprobs.SNAPSHOT, Fallback.EWMA, ["POOL", "EWMA", "POOL", "SNAPSHOT", "RESIDENT", "NONE"]),
+        (OldLogprobs.DEDICATED, Fallback.DROP, ["POOL", "MISSING", "POOL", "MISSING", "RESIDENT", "NONE"]),
+        (OldLogprobs.INTERRUPTION, Fallback.EWMA, ["POOL", "EWMA", "POOL", "EWMA", "RESIDENT", "NONE"]),
+        (OldLogprobs.EWMA, Fallback.DROP, ["EWMA", "EWMA", "EWMA", "EWMA", "RESIDENT", "NONE"]),
+        (OldLogprobs.CURRENT, Fallback.EWMA, ["CURRENT", "CURRENT", "CURRENT", "CURRENT", "RESIDENT", "NONE"]),
+    ],
+)
+def test_what_was_scored_ahead_comes_before_snapshots_and_the_fallback_last(
+    route: OldLogprobs, fallback: Fallback, expected: list[str]
+) -> None:
+    assert [Source(code).name for code in assign_sources(AHEAD, route, (9,), fallback)] == ["NONE", *expected]
+
+
+class Average:
+    """Averaged weights whose name is 1000."""
+
+    @contextmanager
+    def held(self, policy: PublishedParameters) -> Iterator[None]:
+        assert isinstance(policy, OneNumber)
+        before = int(policy.weight.item())
+        policy.hold(1000)
+        yield
+        policy.hold(before)
+
+
+def test_each_source_keeps_its_own_value_and_the_average_is_held_once_after_the_snapshots() -> None:
+    model, store = model_and_store(9)
+    scorer = Scorer(model)
+    resolved = resolve(
+        [AHEAD],
+        [0],
+        route=OldLogprobs.SNAPSHOT,
+        store=store,
+        policy=model,
+        score=scorer,
+        fallback=Fallback.EWMA,
+        averages=Average(),
+    )
+    expected = np.array([0, -0.1, -1000.02, -0.3, -9.04, np.nan, 0], np.float32)
+    np.testing.assert_array_equal(resolved[0].logprobs, expected)
+    assert scorer.calls == [(9, [5]), (1000, [3])]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_costs_its_own_token_and_no_other(broken: float) -> None:
+    model, store = model_and_store(8, 9)
+
+    def score(rows: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        scored = Scorer(model)(rows)
+        if model.weight.item() == 8:
+            scored[0][2] = broken
+        return scored
+
+    resolved = resolve([AHEAD], [0], route=OldLogprobs.SNAPSHOT, store=store, policy=model, score=score)
+    named = [Source(code).name for code in resolved[0].source]
+    assert named == ["NONE", "POOL", "MISSING", "POOL", "SNAPSHOT", "RESIDENT", "NONE"]
+    assert resolved[0].logprobs[2] == 0
+
+
+def test_an_interpolated_reference_is_mixed_by_staleness_and_leaves_other_sources_alone() -> None:
+    behavior, target = torch.tensor([0.2, 0.5, 0.2, 0.3]).log(), torch.tensor([0.6, 0.1, 0.6, 0.4]).log()
+    source = torch.tensor([Source.LINEAR, Source.LOG_LINEAR, Source.LINEAR, Source.SNAPSHOT])
+    staleness = torch.tensor([1, 3, 0, 2])
+    target.requires_grad_()
+    mixed = interpolated(behavior, target, staleness, source, torch.full((4,), -7.0))
+    expected = torch.tensor([0.5 * 0.2 + 0.5 * 0.6, 0.5**0.25 * 0.1**0.75, 0.2]).log()
+    torch.testing.assert_close(mixed[:3], expected)
+    assert mixed[3] == -7.0
+    assert not mixed.requires_grad
