@@ -31,7 +31,11 @@ def uids(job: Job, pool: str) -> set[str]:
 
 
 def test_a_killed_rollout_worker_is_started_again_alone_and_no_task_is_lost(team: Namespace) -> None:
-    job = running(team, "worker")
+    # Engines slow enough to be what the trainer waits for: a worker without work has nothing to lose.
+    job = running(
+        team, "worker", rolloutPools=[{"name": "main", "replicas": 2, "engine": {"simulated": {"decodeSeconds": 0.05}}}]
+    )
+    job.wait("steps of both workers", lambda status: status["step"] >= 3)
     trainer, pods = uids(job, "trainer"), job.pods("main")
     job.kill(pods[0], WORKER)
     job.wait("its restart", lambda status: status["pools"][0]["restarts"] == 1)
