@@ -1,9 +1,8 @@
 """The trainer's side of the old-policy pool: what it has scored, and how long a step waits for the rest.
 
 A step that is otherwise ready waits until every trajectory of its batch with stale tokens has its scores, at most
-`correction.dedicatedTimeoutSeconds`; what is missing then is the fallback's, and counted as late. Scores are keyed by the
-trajectory's message and checked against the version of each token: neither the order in which they arrive nor a second
-copy changes a value.
+`correction.dedicatedTimeoutSeconds`; what is missing then is the fallback's, and counted as late. A message says that its
+trajectory has all the scores that it will get, also where it leaves tokens out.
 
     produces    leave to train a batch; old log-probabilities; how the pool does, for the report and the heartbeat
     consumes    the score stream, the old-policy workers' states
@@ -30,9 +29,9 @@ from rljob_api.messages import DedicatedReport, OldPolicyState
 from rljob_protocol.ahead import ScoreLog
 from rljob_protocol.claims import TrajectoryClaims
 from rljob_protocol.link import Link
-from rljob_runtime.correction.sources import Source
-from rljob_runtime.score_codec import Scores, decode_scores
-from rljob_runtime.trainer.batch import Known
+from rljob_runtime.correction.score_pool import ScorePool
+from rljob_runtime.correction.sources import Known, Source
+from rljob_runtime.score_codec import decode_scores
 from rljob_runtime.trainer.intake import Taken
 from rljob_runtime.trajectory_codec import Trajectory
 
@@ -42,29 +41,33 @@ SILENT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    scores: Scores
+class _Told:
+    """There is a message about a trajectory: more will not come."""
+
+    key: tuple[int, int]
+    """(task, sample)"""
     place: int
     """Sequence of the message on the score stream."""
 
 
 class DedicatedScores:
-    """Scores by the sequence of their trajectory, from the checkpointed cursor on."""
+    """Reads the pool's scores from the stream, and decides how long a step waits for them."""
 
-    def __init__(self, link: Link, *, timeout_seconds: float, logger: logging.Logger) -> None:
+    def __init__(self, link: Link, pool: ScorePool, *, timeout_seconds: float, logger: logging.Logger) -> None:
         self._link = link
         self._log = ScoreLog(link)
         self._claims = TrajectoryClaims(link)
         self._timeout_seconds = timeout_seconds
         self._logger = logger
-        self._held: dict[int, _Held] = {}
+        self._pool = pool
+        self._told: dict[int, _Told] = {}
         self._last_place = 0
         self._lives: dict[str, tuple[str, int, float]] = {}
         self._workers = 0
         self._backlog = 0
         self._waiting_since: float | None = None
         self._awaited = 0
-        self._let_through: dict[tuple[int, int], Known | None] = {}
+        self._let_through: dict[tuple[int, int], Known] = {}
         self.report = DedicatedReport()
         """Of the batch that was let through last."""
 
@@ -84,31 +87,21 @@ class DedicatedScores:
         except MalformedMessage as error:
             self._logger.warning("scores refused", extra={"place": place, "error": str(error)})
             return
-        self._held[scores.header.sequence] = _Held(scores, place)
+        header = scores.header
+        self._told[header.sequence] = _Told((header.task, header.sample), place)
+        self._pool.accept(scores)
 
-    def known(self, trajectory: Trajectory, sequence: int) -> Known | None:
-        """Values of a trajectory's tokens, None where there is no message about it.
-
-        A value counts only for the token that it was made for: same sample, same place, same version.
-        """
-        held = self._held.get(sequence)
-        if held is None or (held.scores.header.task, held.scores.header.sample) != _key(trajectory):
-            return None
-        scores = held.scores
-        inside = scores.positions < trajectory.num_tokens
-        places, versions, logprobs = (a[inside] for a in (scores.positions, scores.weight_version, scores.logprobs))
-        fits = trajectory.model_mask[places] & (trajectory.weight_version[places] == versions)
-        known = Known(
-            np.zeros(trajectory.tokens.shape, np.float32), np.full(trajectory.tokens.shape, Source.NONE, np.int8)
-        )
-        known.logprobs[places[fits]] = logprobs[fits]
-        known.source[places[fits]] = Source.DEDICATED
-        return known
+    def known(self, trajectory: Trajectory, sequence: int) -> Known:
+        """Values of a trajectory's tokens, as far as there are any; the pool checks sequence, place and version."""
+        self._pool.complete(trajectory, sequence)
+        return self._pool.known(trajectory)
 
     async def forget(self, cursor: int) -> None:
         """Let go of the scores of trajectories up to a checkpointed sequence, here and on the stream."""
-        self._held = {sequence: held for sequence, held in self._held.items() if sequence > cursor}
-        first_needed = min((held.place for held in self._held.values()), default=self._last_place + 1)
+        before, self._told = self._told, {s: told for s, told in self._told.items() if s > cursor}
+        # A sample that was rolled out twice has scores beyond the cursor, too: they stay.
+        self._pool.forget({told.key for told in before.values()} - {told.key for told in self._told.values()})
+        first_needed = min((told.place for told in self._told.values()), default=self._last_place + 1)
         await self._log.cut(first_needed - 1)
 
     # ------------------------------------------------------------------------------------------------------ the wait
@@ -157,13 +150,13 @@ class DedicatedScores:
             f"takes their stale tokens after {self._timeout_seconds:g} s"
         )
 
-    def known_of(self, trajectory: Trajectory) -> Known | None:
+    def known_of(self, trajectory: Trajectory) -> Known:
         """Values of a trajectory of the batch that was let through last, as they were then."""
         return self._let_through[_key(trajectory)]
 
     def _count_awaited(self, taken: Taken) -> int:
         return sum(
-            sequence not in self._held and bool(_stale(trajectory, taken.staleness, taken.max_versions).any())
+            sequence not in self._told and bool(_stale(trajectory, taken.staleness, taken.max_versions).any())
             for trajectory, sequence in _with_sequences(taken)
         )
 
@@ -173,7 +166,7 @@ class DedicatedScores:
         for trajectory, _ in _with_sequences(taken):
             stale = _stale(trajectory, taken.staleness, taken.max_versions)
             known = self._let_through[_key(trajectory)]
-            valued = 0 if known is None else int((stale & (known.source == Source.DEDICATED)).sum())
+            valued = int((stale & (known.source == Source.DEDICATED)).sum())
             scored, late = scored + valued, late + int(stale.sum()) - valued
         return scored, late
 

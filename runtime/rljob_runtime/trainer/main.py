@@ -27,6 +27,7 @@ from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_runtime import termination
 from rljob_runtime.accelerator import check_accelerator
+from rljob_runtime.correction.score_pool import ScorePool
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.model_source import materialise
 from rljob_runtime.settings import RuntimeSettings
@@ -268,7 +269,9 @@ def _make_leader(
     dedicated = None
     if spec.correction.old_logprobs is OldLogprobs.DEDICATED:
         timeout = spec.correction.dedicated_timeout_seconds
-        dedicated = DedicatedScores(link, timeout_seconds=timeout, logger=logger)
+        # A token takes less room there than in its trajectory's message: what the stream can hold always fits.
+        pool = ScorePool(spec.messaging.trajectory_stream_bytes)
+        dedicated = DedicatedScores(link, pool, timeout_seconds=timeout, logger=logger)
     intake = Intake(
         spec=spec,
         epoch=publisher.epoch,

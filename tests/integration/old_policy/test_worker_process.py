@@ -221,7 +221,8 @@ async def test_killed_in_mid_run_and_drained_at_the_end_the_pool_scores_every_to
     await job.scored(early, too_old, gone, late)
     assert max(job.largest_error(sequence) for sequence in job.scores) <= 1e-5
     complete = {
-        s: all(len(c.positions) == job.trajectories[s].num_model_tokens for c in copies) for s, copies in job.scores.items()
+        s: all(len(c.positions) == job.trajectories[s].num_model_tokens for c in copies)
+        for s, copies in job.scores.items()
     }
     assert [s for s, is_complete in complete.items() if not is_complete] == [too_old, late]
     assert {int(v) for s in (too_old, late) for v in job.scores[s][0].weight_version} == {3, 4}

@@ -20,6 +20,7 @@ from rljob_api.errors import BlobCorrupt, EngineError
 from rljob_api.messages import Outcome, TrajectoryHeader
 from rljob_api.spec import OldLogprobs, RLJob
 from rljob_api.weights import Probe
+from rljob_runtime.correction.score_pool import ScorePool
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import OldRow, Source
 from rljob_runtime.old_policy.in_hand import InHand
@@ -71,7 +72,9 @@ def drift(policy: Policy, version: int) -> None:
             local.add_(0.02 * torch.randn(local.shape, generator=generator))
 
 
-def old_versions(policy: Policy, directory: Path | None, store: SnapshotStore) -> tuple[dict[int, Path], dict[int, Probe]]:
+def old_versions(
+    policy: Policy, directory: Path | None, store: SnapshotStore
+) -> tuple[dict[int, Path], dict[int, Probe]]:
     """Take the policy from version 0 to VERSION, keeping a snapshot and a file of each on the way."""
     files: dict[int, Path] = {}
     probes: dict[int, Probe] = {}
@@ -148,16 +151,15 @@ def score_all(scorer: Scorer, trajectories: dict[int, Trajectory], order: list[i
     return messages
 
 
-def with_known(batch: TrainBatch, messages: list[bytes]) -> TrainBatch:
-    """The batch as rank 0 builds it from the messages; its rows are messages 1, 2, ... of the trajectory stream."""
+def with_known(batch: TrainBatch, messages: list[bytes], first_sequence: int = 1) -> TrainBatch:
+    """The batch as rank 0 builds it from the messages; its rows are neighbours on the trajectory stream."""
     link: Any = type("NoLink", (), {"names": type("Names", (), {"scores_stream": "scores"})})
-    scores = DedicatedScores(link, timeout_seconds=1, logger=logging.getLogger("test"))
+    scores = DedicatedScores(link, ScorePool(1 << 20), timeout_seconds=1, logger=logging.getLogger("test"))
     for place, message in enumerate(messages, 1):
         scores.add(place, message)
     rows = []
-    for sequence, row in enumerate(batch.rows, 1):
+    for sequence, row in enumerate(batch.rows, first_sequence):
         known = scores.known(trajectory_of(row), sequence)
-        assert known is not None
         rows.append(dataclasses.replace(row, known_logprobs=known.logprobs, known_source=known.source))
     return dataclasses.replace(batch, rows=tuple(rows))
 
@@ -215,8 +217,11 @@ def test_keyed_by_the_sample_alone_a_second_trajectory_of_it_gets_the_firsts_val
     first = trajectory_of(published.batch.rows[0])
     second = dataclasses.replace(first, tokens=np.roll(first.tokens, 1))
     messages = score_all(scorer, {1: first, 2: second}, [2, 1], at_once=2)
-    batch = dataclasses.replace(published.batch, rows=(published.batch.rows[0],) * 2)
-    right, other = with_known(batch, messages).rows
+    rows = [published.batch.rows[0], dataclasses.replace(published.batch.rows[0], tokens=second.tokens)]
+    right, other = (
+        with_known(dataclasses.replace(published.batch, rows=(row,)), messages, first_sequence=sequence).rows[0]
+        for sequence, row in enumerate(rows, 1)
+    )
     stale = right.trainable & (right.staleness > 0)
     assert stale.any()
     assert np.abs(right.known_logprobs[stale] - other.known_logprobs[stale]).max() > 1e-2
@@ -226,7 +231,9 @@ def test_a_step_with_the_pools_values_ends_at_the_same_parameters_as_one_with_sn
     published: Published, scorer: Scorer
 ) -> None:
     """Test 26 of docs/algorithms.md, one step: snapshot and dedicated route on the same recorded batch."""
-    messages = score_all(scorer, trajectories_of(published.batch), list(range(len(published.batch.rows), 0, -1)), at_once=4)
+    messages = score_all(
+        scorer, trajectories_of(published.batch), list(range(len(published.batch.rows), 0, -1)), at_once=4
+    )
     scorer.close()
     try:
         with distributed_world("cpu", timeout_seconds=60) as world:

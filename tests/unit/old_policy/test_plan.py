@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -47,13 +48,21 @@ def test_a_part_ends_at_the_last_token_of_its_version_and_observations_belong_to
         pytest.param([part(1, 5)], None, {4}, None, id="its version is not here"),
         pytest.param([part(2, 5), part(1, 4)], None, {4, 5}, (Turn(4, 2), [(1, 4)]), id="the oldest trajectory begins"),
         pytest.param(
-            [part(1, 4), part(1, 3), part(2, 3)], None, {3, 4}, (Turn(3, 2), [(1, 3), (2, 3)]), id="its oldest version"
+            [part(1, 4, 5), part(1, 3, 5), part(2, 3, 5)],
+            None,
+            {3, 4},
+            (Turn(3, 2), [(1, 3), (2, 3)]),
+            id="its oldest version",
         ),
         pytest.param(
             [part(1, 3), part(2, 5)], None, {5}, (Turn(5, 2), [(2, 5)]), id="what cannot be scored blocks nothing"
         ),
         pytest.param(
-            [part(1, 3), part(2, 4)], Turn(4, 2), {3, 4}, (Turn(4, 2), [(2, 4)]), id="a version stays while it has parts"
+            [part(1, 3), part(2, 4)],
+            Turn(4, 2),
+            {3, 4},
+            (Turn(4, 2), [(2, 4)]),
+            id="a version stays while it has parts",
         ),
         pytest.param(
             [part(1, 3), part(9, 4)], Turn(4, 2), {3, 4}, (Turn(3, 9), [(1, 3)]), id="newer trajectories do not hold it"
@@ -62,7 +71,11 @@ def test_a_part_ends_at_the_last_token_of_its_version_and_observations_belong_to
             [part(3, 3), part(3, 4)], Turn(4, 2), {3, 4}, (Turn(4, 3), [(3, 4)]), id="held by the oldest: no switch"
         ),
         pytest.param(
-            [part(1, 3, 6), part(2, 3, 4), part(3, 3, 1)], None, {3}, (Turn(3, 3), [(1, 3), (2, 3)]), id="a pass is bounded"
+            [part(1, 3, 6), part(2, 3, 4), part(3, 3, 1)],
+            None,
+            {3},
+            (Turn(3, 3), [(1, 3), (2, 3)]),
+            id="a pass is bounded",
         ),
         pytest.param([part(1, 3, 99), part(2, 3)], None, {3}, (Turn(3, 2), [(1, 3)]), id="a long part is alone"),
     ],
@@ -81,7 +94,7 @@ def test_next_pass(
 def test_all_that_is_in_hand_costs_one_switch_a_version() -> None:
     waiting = [part(sequence, version) for sequence in range(20) for version in (sequence % 4, sequence % 4 + 1)]
     versions = [version for version, _ in schedule([waiting], max_tokens=30)]
-    switches = 1 + sum(one != other for one, other in zip(versions, versions[1:], strict=False))
+    switches = 1 + sum(one != other for one, other in pairwise(versions))
     assert switches == 5
 
 
@@ -113,7 +126,9 @@ def value(version: int, p: Part) -> float:
     return hash((version, p.sequence, p.length)) / 7
 
 
-def schedule(arrivals: list[list[Part]], *, max_tokens: int, held: int | None = None) -> list[tuple[int, tuple[Part, ...]]]:
+def schedule(
+    arrivals: list[list[Part]], *, max_tokens: int, held: int | None = None
+) -> list[tuple[int, tuple[Part, ...]]]:
     """Passes until all is scored, with one arrival between two passes."""
     turn = None if held is None else Turn(held, 2)
     waiting: list[Part] = []
