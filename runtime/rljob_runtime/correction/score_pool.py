@@ -117,7 +117,7 @@ class ScorePool:
     @property
     def num_bytes(self) -> int:
         """Memory of tokens and values; never above the bound when a call returns."""
-        early = sum(scores.positions.shape[0] for held in self._early.values() for scores in held)
+        early = sum(int(scores.positions.shape[0]) for held in self._early.values() for scores in held)
         return TOKEN_BYTES * sum(entry.num_tokens for entry in self._entries.values()) + SCORE_BYTES * early
 
     def extend(self, segment: OpenSegment) -> None:

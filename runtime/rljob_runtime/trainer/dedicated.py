@@ -4,13 +4,13 @@ A step that is otherwise ready waits until every trajectory of its batch with st
 `correction.dedicatedTimeoutSeconds`; what is missing then is the fallback's, and counted as late. A message says that its
 trajectory has all the scores that it will get, also where it leaves tokens out.
 
-    produces    leave to train a batch; old log-probabilities; how the pool does, for the report and the heartbeat
-    consumes    the score stream, the old-policy workers' states
-    waits for   messages, and a timer that looks at the workers
-    unblocked by  old-policy workers; the timeout
+    produces    leave to train a batch; how the pool does, for the report and the heartbeat
+    consumes    word of each score message (`ahead.py` reads them); the old-policy workers' states
+    waits for   a timer that looks at the workers
+    unblocked by  that timer
 
-Lives on the background loop. The main thread reads only what belongs to the batch that was let through last, which
-nothing changes before it asks for the next one.
+Lives on the background loop. The main thread reads only the report of the batch that was let through last, which nothing
+changes before it asks for the next one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rljob_api.errors import MalformedMessage, ProtocolError
+from rljob_api.errors import ProtocolError
 from rljob_api.messages import DedicatedReport, OldPolicyState
 from rljob_protocol.ahead import ScoreLog
 from rljob_protocol.claims import TrajectoryClaims
 from rljob_protocol.link import Link
 from rljob_runtime.correction.score_pool import ScorePool
-from rljob_runtime.correction.sources import Known, Source
-from rljob_runtime.score_codec import decode_scores
+from rljob_runtime.correction.sources import Source
+from rljob_runtime.score_codec import Scores
 from rljob_runtime.trainer.intake import Taken
 from rljob_runtime.trajectory_codec import Trajectory
 
@@ -40,18 +39,8 @@ SILENT_SECONDS = 10.0
 """A worker whose state has not been renewed for so long counts as dead."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """There is a message about a trajectory: more will not come."""
-
-    key: tuple[int, int]
-    """(task, sample)"""
-    place: int
-    """Sequence of the message on the score stream."""
-
-
-class DedicatedScores:
-    """Reads the pool's scores from the stream, and decides how long a step waits for them."""
+class DedicatedWait:
+    """Decides how long a step waits for scores, and watches those who make them."""
 
     def __init__(self, link: Link, pool: ScorePool, *, timeout_seconds: float, logger: logging.Logger) -> None:
         self._link = link
@@ -60,48 +49,35 @@ class DedicatedScores:
         self._timeout_seconds = timeout_seconds
         self._logger = logger
         self._pool = pool
-        self._told: dict[int, _Told] = {}
+        self._told: dict[int, int] = {}
         self._last_place = 0
         self._lives: dict[str, tuple[str, int, float]] = {}
         self._workers = 0
         self._backlog = 0
         self._waiting_since: float | None = None
         self._awaited = 0
-        self._let_through: dict[tuple[int, int], Known] = {}
         self.report = DedicatedReport()
         """Of the batch that was let through last."""
 
-    async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
-        """Read scores and watch the pool until cancelled; `changed` is called when scores have come."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._read(changed))
-            group.create_task(self._watch())
+    async def run(self) -> None:
+        """Look at the workers and their backlog until cancelled."""
+        while True:
+            try:
+                self.see(await self._link.live_old_policy_workers(), time.monotonic())
+                self._backlog = await self._claims.backlog()
+            except ProtocolError as error:  # an outage: what was seen last still stands
+                self._logger.warning("the old-policy pool could not be looked at", extra={"error": str(error)})
+            await asyncio.sleep(WATCH_SECONDS)
 
-    # ------------------------------------------------------------------------------------------------- what is scored
-
-    def add(self, place: int, data: bytes) -> None:
-        """Take in a message of the score stream; one that does not decode is passed over, and said."""
+    def told(self, place: int, scores: Scores) -> None:
+        """There is a message about a trajectory, in this place on the score stream."""
+        self._told[scores.header.sequence] = place
         self._last_place = place
-        try:
-            scores = decode_scores(data)
-        except MalformedMessage as error:
-            self._logger.warning("scores refused", extra={"place": place, "error": str(error)})
-            return
-        header = scores.header
-        self._told[header.sequence] = _Told((header.task, header.sample), place)
-        self._pool.accept(scores)
-
-    def known(self, trajectory: Trajectory, sequence: int) -> Known:
-        """Values of a trajectory's tokens, as far as there are any; the pool checks sequence, place and version."""
-        self._pool.complete(trajectory, sequence)
-        return self._pool.known(trajectory)
 
     async def forget(self, cursor: int) -> None:
-        """Let go of the scores of trajectories up to a checkpointed sequence, here and on the stream."""
-        before, self._told = self._told, {s: told for s, told in self._told.items() if s > cursor}
-        # A sample that was rolled out twice has scores beyond the cursor, too: they stay.
-        self._pool.forget({told.key for told in before.values()} - {told.key for told in self._told.values()})
-        first_needed = min((told.place for told in self._told.values()), default=self._last_place + 1)
+        """Cut off the score stream below the first message that a replay from a checkpointed sequence needs."""
+        self._told = {sequence: place for sequence, place in self._told.items() if sequence > cursor}
+        first_needed = min(self._told.values(), default=self._last_place + 1)
         await self._log.cut(first_needed - 1)
 
     # ------------------------------------------------------------------------------------------------------ the wait
@@ -115,8 +91,6 @@ class DedicatedScores:
         waited = now - self._waiting_since
         if self._awaited and waited < self._timeout_seconds:
             return False
-        # What is late is late: a message that comes a moment later must not be used and counted as missing.
-        self._let_through = {_key(t): self.known(t, sequence) for t, sequence in _with_sequences(taken)}
         scored, late = self._count_tokens(taken)
         self.report = DedicatedReport(
             waiting_seconds=waited,
@@ -150,10 +124,6 @@ class DedicatedScores:
             f"takes their stale tokens after {self._timeout_seconds:g} s"
         )
 
-    def known_of(self, trajectory: Trajectory) -> Known:
-        """Values of a trajectory of the batch that was let through last, as they were then."""
-        return self._let_through[_key(trajectory)]
-
     def _count_awaited(self, taken: Taken) -> int:
         return sum(
             sequence not in self._told and bool(_stale(trajectory, taken.staleness, taken.max_versions).any())
@@ -165,26 +135,12 @@ class DedicatedScores:
         scored = late = 0
         for trajectory, _ in _with_sequences(taken):
             stale = _stale(trajectory, taken.staleness, taken.max_versions)
-            known = self._let_through[_key(trajectory)]
+            known = self._pool.known(trajectory)
             valued = int((stale & (known.source == Source.DEDICATED)).sum())
             scored, late = scored + valued, late + int(stale.sum()) - valued
         return scored, late
 
     # ------------------------------------------------------------------------------------------------------ the pool
-
-    async def _read(self, changed: Callable[[], Awaitable[None]]) -> None:
-        async for place, data in self._log.read(self._last_place):
-            self.add(place, data)
-            await changed()
-
-    async def _watch(self) -> None:
-        while True:
-            try:
-                self.see(await self._link.live_old_policy_workers(), time.monotonic())
-                self._backlog = await self._claims.backlog()
-            except ProtocolError as error:  # an outage: what was seen last still stands
-                self._logger.warning("the old-policy pool could not be looked at", extra={"error": str(error)})
-            await asyncio.sleep(WATCH_SECONDS)
 
     def see(self, states: tuple[OldPolicyState, ...], now: float) -> None:
         """Judge by our own clock who is alive: a key that expires, or does not, says nothing by itself."""
@@ -202,11 +158,7 @@ class DedicatedScores:
 
 def _with_sequences(taken: Taken) -> list[tuple[Trajectory, int]]:
     trajectories = [trajectory for group in taken.groups for trajectory in group]
-    return [(trajectory, taken.sequences[_key(trajectory)]) for trajectory in trajectories]
-
-
-def _key(trajectory: Trajectory) -> tuple[int, int]:
-    return trajectory.header.task, trajectory.header.sample
+    return [(t, taken.sequences[(t.header.task, t.header.sample)]) for t in trajectories]
 
 
 def _stale(trajectory: Trajectory, staleness: Mapping[int, int], max_versions: int) -> NDArray[np.bool_]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +25,8 @@ from rljob_runtime.correction.sources import OldRow, Source
 from rljob_runtime.old_policy.in_hand import InHand
 from rljob_runtime.old_policy.plan import Turn, next_pass
 from rljob_runtime.old_policy.scorer import Scorer
-from rljob_runtime.score_codec import encode_scores
+from rljob_runtime.score_codec import decode_scores, encode_scores
 from rljob_runtime.trainer.batch import TrainBatch, TrainRow
-from rljob_runtime.trainer.dedicated import DedicatedScores
 from rljob_runtime.trainer.distributed import World, distributed_world
 from rljob_runtime.trainer.model import Policy, full_state
 from rljob_runtime.trainer.probe import make_probe
@@ -153,13 +151,13 @@ def score_all(scorer: Scorer, trajectories: dict[int, Trajectory], order: list[i
 
 def with_known(batch: TrainBatch, messages: list[bytes], first_sequence: int = 1) -> TrainBatch:
     """The batch as rank 0 builds it from the messages; its rows are neighbours on the trajectory stream."""
-    link: Any = type("NoLink", (), {"names": type("Names", (), {"scores_stream": "scores"})})
-    scores = DedicatedScores(link, ScorePool(1 << 20), timeout_seconds=1, logger=logging.getLogger("test"))
-    for place, message in enumerate(messages, 1):
-        scores.add(place, message)
+    pool = ScorePool(1 << 20)
+    for message in messages:
+        pool.accept(decode_scores(message))
     rows = []
     for sequence, row in enumerate(batch.rows, first_sequence):
-        known = scores.known(trajectory_of(row), sequence)
+        pool.complete(trajectory_of(row), sequence)
+        known = pool.known(trajectory_of(row))
         rows.append(dataclasses.replace(row, known_logprobs=known.logprobs, known_source=known.source))
     return dataclasses.replace(batch, rows=tuple(rows))
 

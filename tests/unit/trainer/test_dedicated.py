@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rljob_api.messages import OldPolicyState, Outcome, ScoreHeader, TrajectoryHeader
+from rljob_api.messages import DedicatedReport, OldPolicyState, Outcome, ScoreHeader, TrajectoryHeader
 from rljob_runtime.correction.score_pool import ScorePool
-from rljob_runtime.correction.sources import Source
+from rljob_runtime.correction.sources import Known, Source
 from rljob_runtime.score_codec import Scores, decode_scores, encode_scores
-from rljob_runtime.trainer.dedicated import DedicatedScores
+from rljob_runtime.trainer.dedicated import DedicatedWait
 from rljob_runtime.trainer.intake import Taken
 from rljob_runtime.trajectory_codec import Trajectory
 
@@ -70,9 +70,34 @@ def taken(*trajectories: tuple[int, Trajectory], max_versions: int = 2) -> Taken
     )
 
 
-def make(streams: Streams) -> DedicatedScores:
-    link: Any = streams
-    return DedicatedScores(link, ScorePool(1 << 20), timeout_seconds=60, logger=logging.getLogger("test"))
+class Rank0:
+    """The wait and the pool, fed as the intake and the reader of the score stream do."""
+
+    def __init__(self, link: Any) -> None:
+        self.pool = ScorePool(1 << 20)
+        self.wait = DedicatedWait(link, self.pool, timeout_seconds=60, logger=logging.getLogger("test"))
+
+    @property
+    def report(self) -> DedicatedReport:
+        return self.wait.report
+
+    @property
+    def message(self) -> str:
+        return self.wait.message
+
+    def add(self, place: int, data: bytes) -> None:
+        scores = decode_scores(data)
+        self.pool.accept(scores)
+        self.wait.told(place, scores)
+
+    def may_train(self, batch: Taken, now: float) -> bool:
+        for sample, sequence in zip(batch.groups[0], batch.sequences.values(), strict=True):
+            self.pool.complete(sample, sequence)
+        return self.wait.may_train(batch, now)
+
+    def known(self, sample: Trajectory, sequence: int) -> Known:
+        self.pool.complete(sample, sequence)
+        return self.pool.known(sample)
 
 
 @pytest.fixture
@@ -81,11 +106,11 @@ def streams() -> Streams:
 
 
 @pytest.fixture
-def scores(streams: Streams) -> DedicatedScores:
-    return make(streams)
+def scores(streams: Streams) -> Rank0:
+    return Rank0(streams)
 
 
-def test_a_batch_waits_until_each_trajectory_with_stale_tokens_has_its_scores(scores: DedicatedScores) -> None:
+def test_a_batch_waits_until_each_trajectory_with_stale_tokens_has_its_scores(scores: Rank0) -> None:
     batch = taken((5, trajectory()), (6, trajectory(sample=1)))
     assert not scores.may_train(batch, now=100.0)
     scores.add(1, message(6, sample=1))
@@ -95,7 +120,7 @@ def test_a_batch_waits_until_each_trajectory_with_stale_tokens_has_its_scores(sc
     assert scores.may_train(batch, now=107.0)
     assert scores.message == ""
     assert (scores.report.waiting_seconds, scores.report.tokens_scored, scores.report.tokens_late) == (7.0, 4, 0)
-    known = scores.known_of(batch.groups[0][0])
+    known = scores.known(batch.groups[0][0], 5)
     assert known.source.tolist() == [
         Source.NONE,
         Source.NONE,
@@ -107,7 +132,7 @@ def test_a_batch_waits_until_each_trajectory_with_stale_tokens_has_its_scores(sc
     np.testing.assert_array_equal(known.logprobs, np.array([0, 0, -2.05, 0, -4.05, 0], np.float32))
 
 
-def test_resident_tokens_and_those_over_the_bound_are_not_waited_for(scores: DedicatedScores) -> None:
+def test_resident_tokens_and_those_over_the_bound_are_not_waited_for(scores: Rank0) -> None:
     beyond = trajectory(versions=np.array([-1, 1, 1, -1, 4, 4], np.int32))
     assert scores.may_train(taken((5, beyond)), now=100.0)
     assert scores.report.waiting_seconds == 0.0
@@ -115,7 +140,7 @@ def test_resident_tokens_and_those_over_the_bound_are_not_waited_for(scores: Ded
 
 
 def test_at_the_timeout_the_batch_goes_and_what_has_no_value_is_late(
-    scores: DedicatedScores, caplog: pytest.LogCaptureFixture
+    scores: Rank0, caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = taken((5, trajectory()), (6, trajectory(sample=1)))
     scores.add(1, message(5))
@@ -125,26 +150,23 @@ def test_at_the_timeout_the_batch_goes_and_what_has_no_value_is_late(
         assert scores.may_train(batch, now=160.0)
     assert [record.message for record in caplog.records] == ["old-policy scores were late"]
     assert (scores.report.tokens_scored, scores.report.tokens_late) == (2, 2)
-    late = batch.groups[0][1]
-    scores.add(2, message(6, sample=1))
-    assert (scores.known_of(late).source == Source.NONE).all(), "what is counted as missing must not be used"
     assert not scores.may_train(taken((7, trajectory(sample=2))), now=161.0), "the next step has a wait of its own"
 
 
-def test_a_worker_that_could_not_score_a_token_ends_the_wait_for_it(scores: DedicatedScores) -> None:
+def test_a_worker_that_could_not_score_a_token_ends_the_wait_for_it(scores: Rank0) -> None:
     """Its message without the token says that no value will come."""
     scores.add(1, message(5, (4,)))
     assert scores.may_train(taken((5, trajectory())), now=100.0)
     assert (scores.report.tokens_scored, scores.report.tokens_late) == (1, 1)
 
 
-def test_scores_in_any_order_and_twice_give_the_same_values(scores: DedicatedScores, streams: Streams) -> None:
+def test_scores_in_any_order_and_twice_give_the_same_values(scores: Rank0, streams: Streams) -> None:
     """Test 21 of docs/algorithms.md: keyed by (trajectory, version), whatever the order of arrival."""
     rows = [(sequence, trajectory(task=sequence)) for sequence in range(1, 6)]
     messages = [message(sequence, task=sequence) for sequence, _ in rows]
     values = []
     for order in ((0, 1, 2, 3, 4), (4, 2, 0, 3, 1), (1, 1, 3, 4, 0, 2, 2, 1)):
-        held = make(streams)
+        held = Rank0(streams)
         for place, index in enumerate(order, 1):
             held.add(place, messages[index])
         values.append([held.known(t, s).logprobs.tolist() for s, t in rows])
@@ -153,9 +175,9 @@ def test_scores_in_any_order_and_twice_give_the_same_values(scores: DedicatedSco
     assert len({tuple(row) for row in values[0]}) == 5
 
 
-def test_two_trajectories_of_one_sample_never_share_a_value(scores: DedicatedScores, streams: Streams) -> None:
+def test_two_trajectories_of_one_sample_never_share_a_value(scores: Rank0, streams: Streams) -> None:
     """A sample that was rolled out twice. Keyed by the sample alone, the later message would stand for both."""
-    other = make(streams)
+    other = Rank0(streams)
     for held in (scores, other):
         held.add(1, message(9))
         held.add(2, message(5))
@@ -166,7 +188,7 @@ def test_two_trajectories_of_one_sample_never_share_a_value(scores: DedicatedSco
     assert by_sample[0, 0].logprobs[1] != second.logprobs[4], "the negative control: such a key gives one the other's"
 
 
-def test_a_value_of_another_version_place_or_sample_is_no_value(scores: DedicatedScores) -> None:
+def test_a_value_of_another_version_place_or_sample_is_no_value(scores: Rank0) -> None:
     scores.add(1, message(5, version_shift=1))
     assert (scores.known(trajectory(), 5).source == Source.NONE).all()
     scores.add(2, message(6, sample=3))
@@ -176,19 +198,13 @@ def test_a_value_of_another_version_place_or_sample_is_no_value(scores: Dedicate
     assert np.flatnonzero(known.source == Source.DEDICATED).tolist() == [2]
 
 
-def test_bytes_that_are_no_scores_are_passed_over(scores: DedicatedScores, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        scores.add(1, b"nonsense")
-    assert [record.message for record in caplog.records] == ["scores refused"]
-
-
-def test_a_worker_is_alive_while_its_state_is_renewed_on_our_clock(scores: DedicatedScores) -> None:
+def test_a_worker_is_alive_while_its_state_is_renewed_on_our_clock(scores: Rank0) -> None:
     state = OldPolicyState(worker="a", incarnation="1", revision=1)
     scores.add(1, message(9, task=9))
     batch = taken((5, trajectory()))
 
     def workers(now: float, *states: OldPolicyState) -> int:
-        scores.see(states, now)
+        scores.wait.see(states, now)
         assert not scores.may_train(batch, now=0.0)
         return 0 if "none is alive" in scores.message else int(scores.message.split(": ")[1].split()[0])
 
@@ -204,12 +220,10 @@ def replace_revision(state: OldPolicyState, revision: int) -> OldPolicyState:
     return state.model_copy(update={"revision": revision})
 
 
-async def test_a_checkpoint_lets_go_of_what_no_replay_from_it_needs(scores: DedicatedScores, streams: Streams) -> None:
+async def test_a_checkpoint_cuts_the_stream_below_what_a_replay_from_it_needs(scores: Rank0, streams: Streams) -> None:
     for place, sequence in enumerate((3, 8, 5, 9), 1):
         scores.add(place, message(sequence, task=sequence))
-    await scores.forget(5)
-    held = [(scores.known(trajectory(task=s), s).source == Source.DEDICATED).any() for s in (3, 5, 8, 9)]
-    assert held == [False, False, True, True]
+    await scores.wait.forget(5)
     assert streams.cut_up_to == 1, "the message about trajectory 8 is the second"
-    await scores.forget(9)
+    await scores.wait.forget(9)
     assert streams.cut_up_to == 4

@@ -184,7 +184,7 @@ class Forgetful(ScorePool):
 
 def test_the_comparison_notices_a_pool_that_forgets_the_version() -> None:
     chosen = attempt(versions=(-1, 1, 2, 2))
-    history = ([chosen], [("extend", 0, 3), ("score", 0, 0), ("complete", 0, 0)], ENOUGH)
+    history = ([chosen], [("extend", 0, 3), ("score", 0, 0), ("late", 0, 0), ("complete", 0, 0)], ENOUGH)
     assert play(history) > 0
     with pytest.raises(AssertionError):
         play(history, pool=Forgetful(ENOUGH))
