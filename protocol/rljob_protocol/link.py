@@ -218,7 +218,7 @@ class Link:
 
     async def _create_state(self, limits: StateLimits, owner: str) -> None:
         names, manager = self.names, self.jetstream
-        streams = (
+        streams: tuple[StreamConfig, ...] = (
             StreamConfig(
                 name=names.tasks_stream,
                 subjects=[names.task_subject()],

@@ -47,7 +47,7 @@ def test_a_dedicated_run_is_exact_and_its_record_verifies_also_when_the_worker_i
 ) -> None:
     run_directory = tmp_path / "run"
     with started(tmp_path, dedicated(), "--run-dir", str(run_directory)) as process:
-        wait_for_steps(run_directory, 4)
+        wait_for_steps(run_directory, 4, timeout=150)
         worker = old_policy_worker(process.pid)
         assert worker is not None
         os.kill(worker, signal.SIGKILL)

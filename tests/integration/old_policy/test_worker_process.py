@@ -213,12 +213,14 @@ async def test_killed_in_mid_run_and_drained_at_the_end_the_pool_scores_every_to
 
     # A version that comes while it works, a trajectory that comes before its version, and one over the bound.
     early = await job.finish(200, 2, 3)
-    await job.publish(3, keep=3)
-    too_old, gone = await job.finish(201, 0, 3), await job.finish(202, 1, 3)
+    await job.publish(3)
     await job.until(lambda state: state.version == 3)
+    too_old, fresh = await job.finish(201, 0, 3), await job.finish(202, 1, 3)
+    await job.scored(early, too_old, fresh)
     await job.publish(4, keep=2)
+    await job.until(lambda state: state.version == 4)
     late = await job.finish(203, 1, 4)
-    await job.scored(early, too_old, gone, late)
+    await job.scored(late)
     assert max(job.largest_error(sequence) for sequence in job.scores) <= 1e-5
     complete = {
         s: all(len(c.positions) == job.trajectories[s].num_model_tokens for c in copies)
