@@ -157,6 +157,7 @@ ANNOTATION_HASH = "rljob.dev/hash"  # of the user's fields that went into a chil
 FINALIZER = "rljob.dev/nats-cleanup"
 FIELD_MANAGER = "rljob-operator"
 TRAINER_POOL = "trainer"
+OLD_POLICY_POOL = "old-policy"
 TRAINER_CONTAINER = "trainer"
 ROLLOUT_CONTAINER = "rollout"
 OLD_POLICY_POOL = "old-policy"

@@ -79,6 +79,16 @@ class SampledRow(Protocol):
     def known_source(self) -> NDArray[np.int8]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Old log-probabilities of one trajectory that were scored ahead of the step."""
+
+    logprobs: NDArray[np.float32]
+    """[T], 0 where there is none."""
+    source: NDArray[np.int8]
+    """[T], POOL or DEDICATED; NONE where there is none."""
+
+
 class HeldWeights(Protocol):
     """Weights that the policy can hold for a while: the average of PPO-EWMA."""
 

@@ -1,9 +1,9 @@
 """The trainer's loop: wait, score, step, publish, checkpoint. Every process of the trainer runs it in step with rank 0.
 
     produces    weight versions, checkpoints, step reports, the record
-    consumes    batches of finished groups
+    consumes    batches of finished groups; while there is none, rows to score ahead
     waits for   a batch (rank 0 on its intake, the others on rank 0's next order)
-    unblocked by  finished groups; an idle order every few seconds keeps each collective short; SIGTERM
+    unblocked by  finished groups, at the latest after one round of scoring; an idle order every few seconds keeps each collective short; SIGTERM
 
 One step is one batch, one or more optimizer updates and exactly one published version (docs/design.md, section 3).
 """
@@ -20,10 +20,13 @@ import torch
 from rljob_api.messages import TrainerPhase
 from rljob_api.spec import OldLogprobs, RLJobSpec
 from rljob_runtime.correction.averaged_policy import AveragedPolicy
+from rljob_runtime.correction.score_pool import Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore
+from rljob_runtime.correction.sources import Source
 from rljob_runtime.trainer.batch import TrainBatch, broadcast_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, save_checkpoint
 from rljob_runtime.trainer.distributed import World, broadcast_bytes
+from rljob_runtime.trainer.eager import ScoreRound, broadcast_round, score_round
 from rljob_runtime.trainer.leader import Leader
 from rljob_runtime.trainer.model import Policy, full_state
 from rljob_runtime.trainer.optimizer import learning_rate
@@ -42,6 +45,7 @@ class Order(IntEnum):
     IDLE = 0
     TRAIN = 1
     STOP = 2
+    SCORE = 3
 
 
 class Trainer:
@@ -103,16 +107,21 @@ class Trainer:
         started = time.monotonic()
         self._say(TrainerPhase.WAITING)
         while True:
-            order, batch = Order.IDLE, None
+            order, batch, rows = Order.IDLE, None, list[Wanted]()
             if self._leader is not None:
                 if self._leader.stop_requested:
                     order = Order.STOP
                 else:
-                    batch = self._leader.next_batch(self._version, IDLE_SECONDS)
-                    order = Order.IDLE if batch is None else Order.TRAIN
+                    batch, rows = self._leader.next_work(self._version, self._snapshots.versions, IDLE_SECONDS)
+                    order = Order.TRAIN if batch is not None else Order.SCORE if rows else Order.IDLE
             # Each idle round is a collective of its own: no process waits in one for longer than IDLE_SECONDS.
             order = Order(self._from_leader(bytes([order]))[0])
             if order is Order.IDLE:
+                continue
+            if order is Order.SCORE:
+                begun = time.monotonic()
+                self._score_ahead(rows)
+                seconds.eager += time.monotonic() - begun
                 continue
             seconds.waiting = time.monotonic() - started
             return order, broadcast_batch(batch, self._world.device) if order is Order.TRAIN else None
@@ -125,7 +134,16 @@ class Trainer:
         old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world, self._average)
         scored = time.monotonic()
         rate = learning_rate(self._spec.training, self._step)
-        update = train_on(self._policy, self._optimizer, batch, old, self._settings, self._world, rate=rate)
+        update = train_on(
+            self._policy,
+            self._optimizer,
+            batch,
+            old,
+            self._settings,
+            self._world,
+            rate=rate,
+            before_first_update=self._leave_version,
+        )
         if self._average is not None:
             self._average.observe(step_statistics(batch, update, self._settings))
         trained = time.monotonic()
@@ -152,11 +170,43 @@ class Trainer:
                 seconds=seconds,
             )
 
+    def _score_ahead(self, rows: list[Wanted]) -> None:
+        """Score what rank 0 chose, all of one version, and hand it the values. Collective; the others pass no rows."""
+        chosen = None
+        if self._leader is not None:
+            version = rows[0].version if rows else self._version
+            chosen = ScoreRound(version, tuple(row.tokens for row in rows))
+        chosen = broadcast_round(chosen, self._world.device)
+        logprobs = score_round(
+            self._policy, chosen, self._snapshots, self._settings, self._world, resident=self._version
+        )
+        if self._leader is not None:
+            self._leader.scored(rows, logprobs)
+
+    def _leave_version(self) -> None:
+        """Before a step's first update: on the interruption route, have the resident version score all its tokens."""
+        rows = list[Wanted]()
+        if self._spec.correction.old_logprobs is OldLogprobs.INTERRUPTION:
+            if self._leader is not None:
+                self._leader.quiesce(self._version)
+            is_over = False
+            while not is_over:  # each round is a collective of its own, as in _wait
+                said = self._leader is not None and self._leader.barrier_is_over(IDLE_SECONDS)
+                is_over = bool(self._from_leader(bytes([said]))[0])
+            rows = self._leader.unscored(self._version) if self._leader is not None else []
+            self._score_ahead(rows)
+        if self._leader is not None:
+            self._leader.update_begins(sum(row.positions.shape[0] for row in rows))
+
     def _reload_snapshots(self, batch: TrainBatch) -> None:
         """Bring back versions that the batch names and memory does not hold: a resume starts with an empty store."""
         if self._spec.correction.old_logprobs is not OldLogprobs.SNAPSHOT:
             return
-        named = np.unique(np.concatenate([row.weight_version[row.trainable] for row in batch.rows]))
+        named = np.unique(
+            np.concatenate(
+                [row.weight_version[row.trainable & (row.known_source == Source.NONE)] for row in batch.rows]
+            )
+        )
         for version in sorted({int(v) for v in named} - set(self._snapshots.versions) - {batch.version}):
             found = self._leader.fetch_version(version) if self._leader is not None else None
             with on_every_node(found, self._scratch, self._world) as path:

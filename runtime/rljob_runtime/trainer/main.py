@@ -21,6 +21,7 @@ from rljob_api.base import FrozenModel
 from rljob_api.errors import CheckpointCorrupt, RljobError
 from rljob_api.messages import CheckpointPointer, PublishedVersion
 from rljob_api.names import JobNames
+from rljob_api.spec import OldLogprobs
 from rljob_protocol import admission, logs
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
@@ -31,8 +32,11 @@ from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.model_source import materialise
 from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.termination import Termination
+from rljob_runtime.trainer.ahead import Ahead
 from rljob_runtime.trainer.background import Background
+from rljob_runtime.trainer.barrier import BarrierKeeper
 from rljob_runtime.trainer.checkpoint import load_checkpoint
+from rljob_runtime.trainer.dedicated import DedicatedWait
 from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world, largest
 from rljob_runtime.trainer.intake import NOTHING, Intake
 from rljob_runtime.trainer.leader import OUTAGE_SECONDS, Leader
@@ -166,7 +170,9 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             logger.info("resumed", extra={"step": start.step, "weight_version": start.version, "epoch": start.epoch})
         leader: Leader | None = None
         if background is not None and link is not None and publisher is not None:
-            leader = _make_leader(settings, background, link, publisher, ledger, counters, model_directory, logger)
+            leader = _make_leader(
+                settings, background, link, publisher, ledger, counters, model_directory, logger, world.size
+            )
             stop.leader = leader
         trainer = Trainer(
             spec=spec,
@@ -251,6 +257,7 @@ def _make_leader(
     counters: dict[str, object],
     model_directory: Path,
     logger: logging.Logger,
+    world_size: int,
 ) -> Leader:
     spec = settings.job.spec
     store = blob_store(link, settings.weights_dir)
@@ -266,6 +273,12 @@ def _make_leader(
         )
         recorder.add_model_files(files, model_directory)
     counted = Counters.model_validate(counters)
+    ahead = Ahead.of(spec, link, logger)
+    dedicated = None
+    if ahead is not None and spec.correction.old_logprobs is OldLogprobs.DEDICATED:
+        timeout = spec.correction.dedicated_timeout_seconds
+        dedicated = DedicatedWait(link, ahead.pool, timeout_seconds=timeout, logger=logger)
+        ahead.on_scores = dedicated.told
     intake = Intake(
         spec=spec,
         epoch=publisher.epoch,
@@ -281,7 +294,18 @@ def _make_leader(
         tasks=TaskQueue(link),
         log=TrajectoryLog(link),
         logger=logger,
+        ahead=ahead,
+        may_train=(lambda _: True) if dedicated is None else dedicated.may_train,
     )
+    barrier = None
+    if spec.correction.old_logprobs is OldLogprobs.INTERRUPTION:
+        barrier = BarrierKeeper(
+            link=link,
+            epoch=publisher.epoch,
+            timeout_seconds=spec.correction.barrier_timeout_seconds,
+            read_up_to=intake.read_up_to,
+            logger=logger,
+        )
     return Leader(
         background=background,
         link=link,
@@ -294,6 +318,10 @@ def _make_leader(
         model_files=files,
         recorder=recorder,
         logger=logger,
+        world_size=world_size,
+        ahead=ahead,
+        barrier=barrier,
+        dedicated=dedicated,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rljob_api.messages import EwmaReport, StepReport
+from rljob_api.messages import BarrierReport, DedicatedReport, EwmaReport, PoolReport, StepReport
 from rljob_runtime.trainer.intake import IntakeTotals, Taken
 from rljob_runtime.trainer.update import UpdateReport
 
@@ -18,6 +18,8 @@ class Seconds:
     """Where a step's wall time went."""
 
     waiting: float = 0.0
+    eager: float = 0.0
+    """Of the waiting: scoring ahead. Not on the critical path, but for what is left of a forward when a batch gets ready."""
     scoring: float = 0.0
     training: float = 0.0
     publishing: float = 0.0
@@ -43,7 +45,10 @@ def step_report(
     totals: IntakeTotals,
     queues: tuple[int, int],
     seconds: Seconds,
+    pool: PoolReport | None = None,
+    barrier: BarrierReport | None = None,
     now: float,
+    dedicated: DedicatedReport | None = None,
 ) -> StepReport:
     """The report of a finished step; `tokens_trained` and `totals` are cumulative."""
     trajectories = [trajectory for group in taken.groups for trajectory in group]
@@ -77,11 +82,15 @@ def step_report(
         last_sequence=totals.last_sequence,
         groups_without_variance=groups_without_variance,
         seconds_waiting=seconds.waiting,
+        seconds_eager=seconds.eager,
         seconds_scoring=seconds.scoring,
         seconds_training=seconds.training,
         seconds_publishing=seconds.publishing,
         seconds_checkpointing=seconds.checkpointing,
         seconds_total=seconds.total,
+        dedicated=dedicated,
+        pool=pool,
+        barrier=barrier,
         queue_tasks=queues[0],
         queue_trajectories=queues[1],
         finished_at=now,
