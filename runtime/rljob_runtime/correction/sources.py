@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rljob_api.spec import OldLogprobs
-from rljob_runtime.correction.snapshots import PublishedParameters, SnapshotStore
+from rljob_runtime.correction.published import PublishedParameters
+from rljob_runtime.correction.snapshots import SnapshotStore
 
 
 class Source(IntEnum):

@@ -121,6 +121,10 @@ class Leader:
             staleness_of=taken.staleness.__getitem__,
         )
 
+    def waiting_tokens(self, version: int) -> dict[int, int]:
+        """Tokens that wait for a step and may still train once `version` is published, by their weight version."""
+        return self._call(self._intake.waiting_tokens(version))
+
     def fetch_version(self, version: int) -> Path | None:
         """The published bytes of a retained version, for a snapshot that memory no longer holds; None when gone."""
         published = self._publisher.retained.get(version)
