@@ -246,6 +246,17 @@ class Intake:
             rolled_back=tuple(sorted(self._rolled_back)),
         )
 
+    async def waiting_tokens(self, version: int) -> dict[int, int]:
+        """Received tokens that may still train once the present step is published as `version`, by weight version."""
+        coming = self._ledger
+        if version != coming.version:
+            coming = admission.on_step_trained(coming, self._settings, version)
+        counted: Counter[int] = Counter()
+        for trajectory in (*self._payloads.values(), *(early for _, early in self._early.values())):
+            counted.update(trajectory.weight_version[trajectory.turn >= 0].tolist())
+        bound = self._settings.max_versions
+        return {made: tokens for made, tokens in counted.items() if admission.staleness_of(coming, made) <= bound}
+
     async def snapshot(self) -> tuple[dict[str, object], int]:
         """The ledger for a checkpoint, and the cursor below which the stream may be cut."""
         cursor = min((admission.cursor(self._ledger), *(sequence - 1 for sequence, _ in self._early.values())))

@@ -214,6 +214,10 @@ class Leader:
         if self._barrier is not None and self._barrier.report is not None:
             self._barrier.report = self._barrier.report.model_copy(update={"tokens_scored": scored_behind_barrier})
 
+    def waiting_tokens(self, version: int) -> dict[int, int]:
+        """Tokens that wait for a step and may still train once `version` is published, by their weight version."""
+        return self._call(self._intake.waiting_tokens(version))
+
     def fetch_version(self, version: int) -> Path | None:
         """The published bytes of a retained version, for a snapshot that memory no longer holds; None when gone."""
         published = self._publisher.retained.get(version)

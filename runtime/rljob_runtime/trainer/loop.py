@@ -10,6 +10,7 @@ One step is one batch, one or more optimizer updates and exactly one published v
 
 from __future__ import annotations
 
+import json
 import time
 from enum import IntEnum
 from pathlib import Path
@@ -29,6 +30,7 @@ from rljob_runtime.trainer.distributed import World, broadcast_bytes
 from rljob_runtime.trainer.eager import ScoreRound, broadcast_round, score_round
 from rljob_runtime.trainer.leader import Leader
 from rljob_runtime.trainer.model import Policy, full_state
+from rljob_runtime.trainer.old_versions import make_room
 from rljob_runtime.trainer.optimizer import learning_rate
 from rljob_runtime.trainer.probe import make_probe
 from rljob_runtime.trainer.reporting import Seconds
@@ -60,6 +62,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         snapshots: SnapshotStore,
         average: AveragedPolicy | None,
+        capacity: int | None,
         leader: Leader | None,
         checkpoint_root: Path,
         scratch: Path,
@@ -75,6 +78,8 @@ class Trainer:
         self._optimizer = optimizer
         self._snapshots = snapshots
         self._average = average
+        snapshots.watch(optimizer)
+        self._capacity = capacity
         self._leader = leader
         self._checkpoint_root = checkpoint_root
         self._scratch = scratch
@@ -202,12 +207,16 @@ class Trainer:
         """Bring back versions that the batch names and memory does not hold: a resume starts with an empty store."""
         if self._spec.correction.old_logprobs is not OldLogprobs.SNAPSHOT:
             return
-        named = np.unique(
+        named, tokens = np.unique(
             np.concatenate(
                 [row.weight_version[row.trainable & (row.known_source == Source.NONE)] for row in batch.rows]
-            )
+            ),
+            return_counts=True,
         )
+        self._snapshots.retain(dict(zip(named.tolist(), tokens.tolist(), strict=True)))
         for version in sorted({int(v) for v in named} - set(self._snapshots.versions) - {batch.version}):
+            if self._capacity is not None and len(self._snapshots.versions) >= self._capacity:
+                return  # tokens of the others leave the loss, and are counted
             found = self._leader.fetch_version(version) if self._leader is not None else None
             with on_every_node(found, self._scratch, self._world) as path:
                 if path is not None:
@@ -222,10 +231,20 @@ class Trainer:
             final = self._step >= self._spec.training.steps
             self._leader.publish(state, probe, version=self._version, step=self._step, final=final)
         if self._spec.correction.old_logprobs is OldLogprobs.SNAPSHOT:
+            make_room(
+                self._snapshots,
+                self._version,
+                max_versions=self._max_versions,
+                waiting=self._waiting_tokens(),
+                capacity=self._capacity,
+            )
             self._snapshots.save(self._version, self._policy)
-            for version in self._snapshots.versions:
-                if version < self._version - self._max_versions:
-                    self._snapshots.drop(version)
+
+    def _waiting_tokens(self) -> dict[int, int]:
+        """Tokens of trajectories that wait for a step after this version, by weight version. Collective."""
+        waiting = self._leader.waiting_tokens(self._version) if self._leader is not None else {}
+        pairs = json.loads(self._from_leader(json.dumps(list(waiting.items())).encode()))
+        return dict(pairs)
 
     def _checkpoint_due(self) -> bool:
         filling = self._leader is not None and self._leader.stream_is_filling()

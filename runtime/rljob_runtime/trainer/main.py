@@ -42,6 +42,7 @@ from rljob_runtime.trainer.intake import NOTHING, Intake
 from rljob_runtime.trainer.leader import OUTAGE_SECONDS, Leader
 from rljob_runtime.trainer.loop import Trainer
 from rljob_runtime.trainer.model import Policy, build_policy, compute_dtype, full_state
+from rljob_runtime.trainer.old_versions import capacity
 from rljob_runtime.trainer.optimizer import build_optimizer
 from rljob_runtime.trainer.probe import probe_tokens
 from rljob_runtime.trainer.publisher import Publisher
@@ -148,6 +149,13 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
     )
     optimizer = build_optimizer(policy, spec.training)
     average = averaged_policy(spec.correction, policy)
+    room = capacity(spec, policy, world)
+    kept = spec.correction.snapshots
+    snapshots = SnapshotStore(
+        compute_dtype(spec.training.compute_type),
+        memory_bytes=kept.memory_bytes,
+        spill_directory=settings.cache_dir / f"snapshots-{world.rank}" if kept.spill else None,
+    )
     background = Background() if world.is_main else None
     publisher: Publisher | None = None
     link: Link | None = None
@@ -179,8 +187,9 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             world=world,
             policy=policy,
             optimizer=optimizer,
-            snapshots=SnapshotStore(compute_dtype(spec.training.compute_type)),
+            snapshots=snapshots,
             average=average,
+            capacity=room,
             leader=leader,
             checkpoint_root=settings.checkpoint_dir,
             scratch=settings.cache_dir / "versions",
@@ -197,6 +206,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             leader.finish(finished=finished)
         return finished
     finally:
+        snapshots.close()
         if background is not None:
             background.cancel_tasks()
             if link is not None:
