@@ -308,6 +308,38 @@ class BucketStats(FrozenModel):
     max_abs_log_discrepancy: float
 
 
+class EwmaReport(FrozenModel):
+    """The average of weights as it stands after a step's version was published."""
+
+    decay: float
+    weight: float
+    """1 after a reset, towards 1 / (1 - decay)."""
+    center_of_mass: float
+    """Mean age of the weights in it, in versions."""
+    relative_distance: float
+    """Norm of (present weights - average) over that of the present weights."""
+    resets: int
+    steps_since_reset: int
+    low_streak: int
+    """Steps in a row whose keep fraction was below the reset threshold."""
+    staleness_gap: float
+    """Mean staleness of the last steps minus the center of mass, in versions: the average leaks least at 0."""
+
+
+class DedicatedReport(FrozenModel):
+    """How a step's old-policy pool did (route Dedicated). Tokens are those within the bound that are not resident."""
+
+    waiting_seconds: float = 0.0
+    """How long the step, otherwise ready, waited for scores; part of its `seconds_waiting`."""
+    tokens_scored: int = 0
+    tokens_late: int = 0
+    """No old-policy worker had scored them when the wait was over: the fallback's."""
+    backlog: int = 0
+    """Trajectories that no worker had scored yet."""
+    workers: int = 0
+    """Old-policy workers alive."""
+
+
 class PoolReport(FrozenModel):
     """What was scored ahead of a step, in model tokens of its batch within the staleness bound."""
 
@@ -357,6 +389,8 @@ class StepReport(WireMessage):
     sources: dict[str, SourceStats] = Field(default_factory=dict)
     staleness: Distribution = Field(default_factory=Distribution)
     discrepancy_by_staleness: dict[str, BucketStats] = Field(default_factory=dict)
+    ewma: EwmaReport | None = None
+    """Where the route or the fallback is the average of weights."""
     keep_fraction: float
     clip_fraction: float
     active_fraction: float
@@ -381,6 +415,7 @@ class StepReport(WireMessage):
     seconds_publishing: float = 0.0
     seconds_checkpointing: float = 0.0
     seconds_total: float = 0.0
+    dedicated: DedicatedReport | None = None
     queue_tasks: int = 0
     queue_trajectories: int = 0
     pool: PoolReport | None = None

@@ -80,7 +80,9 @@ class ThroughputStatus(StatusPart):
 class PoolStatus(StatusPart):
     name: str = Field(max_length=63, description="Name of the pool.")
     desired: Count = Field(default=0, description="Workers asked for.")
-    ready: Count = Field(default=0, description="Workers that serve a version within the bound.")
+    ready: Count = Field(
+        default=0, description="Workers that are ready; a rollout worker is while it serves a version within the bound."
+    )
     restarts: Count = Field(default=0, description="Container restarts of the pool.")
     laggards: tuple[Annotated[str, Field(max_length=253)], ...] = Field(
         default=(), max_length=MAX_LAGGARDS, description="Up to ten pods that have not converged in time."
@@ -111,7 +113,7 @@ class RLJobStatus(StatusPart):
     observed_generation: Count = Field(default=0, description="Generation of the spec that was last reconciled.")
     start_time: Time | None = Field(default=None, description="When the running time began to count; anew on resume.")
     started_time: Time | None = Field(
-        default=None, description="When trainer and minReplicas of every pool first ran since startTime."
+        default=None, description="When trainer and enough workers of every pool first ran since startTime."
     )
     completion_time: Time | None = Field(default=None, description="When the job succeeded or failed.")
     attempt: Count = Field(default=0, description="Attempt of the whole gang; written before it is acted on.")
@@ -125,7 +127,10 @@ class RLJobStatus(StatusPart):
     correction: CorrectionStatus = Field(default_factory=CorrectionStatus, description="Old log-probabilities.")
     throughput: ThroughputStatus = Field(default_factory=ThroughputStatus, description="How fast, and who waits.")
     pools: tuple[PoolStatus, ...] = Field(
-        default=(), max_length=16, description="Rollout pools.", json_schema_extra=LIST_MAP_BY_NAME
+        default=(),
+        max_length=17,
+        description="Rollout pools, and the old-policy pool as `old-policy`.",
+        json_schema_extra=LIST_MAP_BY_NAME,
     )
     checkpoint: CheckpointStatus | None = Field(default=None, description="The last checkpoint.")
     final_model: FinalModelStatus | None = Field(default=None, description="The result, once the job succeeded.")

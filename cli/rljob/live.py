@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rljob_api.messages import StepReport
+from rljob_api.messages import DedicatedReport, StepReport
 from rljob_protocol.coordinator import CoordinationSummary
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -35,11 +35,12 @@ def plain_line(report: StepReport, coordination: CoordinationSummary, total_step
     rate = sum(worker.tokens_per_second for worker in coordination.workers)
     serving = " ".join(f"v{version}x{count}" for version, count in coordination.serving) or "-"
     waiting = report.seconds_waiting / report.seconds_total if report.seconds_total else 0.0
+    dedicated = "" if report.dedicated is None else f" old-policy pool: {pool_line(report.dedicated)}"
     return (
         f"step {report.step}/{total_steps} reward {report.reward:.3f} version {report.version} serving {serving} "
         f"staleness {report.staleness.p50}/{report.staleness.p95}/{report.staleness.max} keep {report.keep_fraction:.3f} "
         f"clip {report.clip_fraction:.3f} exact {report.exact_fraction:.3f} {rate:.0f} tokens/s "
-        f"trainer idle {waiting:.0%} step {report.seconds_total:.2f} s"
+        f"trainer idle {waiting:.0%} step {report.seconds_total:.2f} s{dedicated}"
     )
 
 
@@ -64,6 +65,14 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     return "".join(BARS[min(len(BARS) - 1, max(0, int(value * len(BARS))))] for value in means)
+
+
+def pool_line(pool: DedicatedReport) -> str:
+    """How the old-policy pool did in one step."""
+    total = pool.tokens_scored + pool.tokens_late
+    late = f", {pool.tokens_late:,} of {total:,} stale tokens late" if pool.tokens_late else ""
+    alive = f"{pool.workers} workers alive" if pool.workers else "no worker alive"
+    return f"{alive}, backlog {pool.backlog}, waited {pool.waiting_seconds:.1f} s{late}"
 
 
 def _progress(view: LiveView, last: StepReport) -> Table:
@@ -96,6 +105,8 @@ def _progress(view: LiveView, last: StepReport) -> Table:
             f"{waiting:.0%}, queues: {last.queue_tasks} tasks, {last.queue_trajectories} trajectories",
         ),
     ]
+    if last.dedicated is not None:
+        rows.append(("old-policy pool", pool_line(last.dedicated)))
     for name, text in rows:
         table.add_row(Text(name, style="bold"), text)
     return table

@@ -1,7 +1,7 @@
 """Where staleness and engine noise end up: in the clip and in the mask, or entangled (tests 8 to 11).
 
 The product of the two ratios is the same for every reference, so only masks and attribution can tell them apart. The
-approximate references live here, not in the package: they are what the exact old policy is compared with.
+approximate references are written out here once more, apart from the package's own.
 """
 
 from __future__ import annotations

@@ -107,8 +107,7 @@ def decoupled_policy_loss(
     above_BT = log_staleness_BT.detach() > _log(1 + clip_high)
     below_BT = log_staleness_BT.detach() < _log(1 - clip_low)
     clipped_BT = mask_BT & torch.where(advantages_BT >= 0, above_BT, below_BT)
-    within_BT = (log_rho_BT >= _log(discrepancy_low)) & (log_rho_BT <= _log(discrepancy_high))
-    kept_BT = mask_BT & within_BT & log_rho_BT.isfinite()
+    kept_BT = discrepancy_mask(log_rho_BT, mask_BT, low=discrepancy_low, high=discrepancy_high)
     active_BT = kept_BT & ~clipped_BT
 
     # The logarithm is selected before exp, not the ratio after it: an overflowing exp that is selected away or loses
@@ -134,6 +133,11 @@ def decoupled_policy_loss(
         clip_fraction=share(clipped_BT),
         mask_tokens=mask_tokens,
     )
+
+
+def discrepancy_mask(log_rho_BT: Tensor, mask_BT: Tensor, *, low: float, high: float) -> Tensor:
+    """1[low <= rho <= high] on the mask tokens [B, T], bool; a rho that is not finite is outside any interval."""
+    return mask_BT & (log_rho_BT >= _log(low)) & (log_rho_BT <= _log(high)) & log_rho_BT.isfinite()
 
 
 def _weight(log_rho_BT: Tensor, kind: DiscrepancyWeight, cap: float) -> Tensor:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rljob_api.spec import Fallback, OldLogprobs
-from rljob_runtime.correction.snapshots import PublishedParameters, SnapshotStore
+from rljob_runtime.correction.published import PublishedParameters
+from rljob_runtime.correction.snapshots import SnapshotStore
 
 
 class Source(IntEnum):

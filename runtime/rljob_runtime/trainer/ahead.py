@@ -25,7 +25,7 @@ from rljob_protocol.ahead import ScoreLog, SegmentLog
 from rljob_protocol.link import Link
 from rljob_runtime.correction.score_pool import Key, ScorePool, Wanted
 from rljob_runtime.correction.sources import Known
-from rljob_runtime.score_codec import decode_scores
+from rljob_runtime.score_codec import Scores, decode_scores
 from rljob_runtime.segment_codec import decode_segment
 from rljob_runtime.trajectory_codec import Trajectory
 
@@ -53,6 +53,8 @@ class Ahead:
         self._logger = logger
         self.last_segment = 0
         """Sequence on the segment stream up to which everything was read."""
+        self.on_scores: Callable[[int, Scores], None] = lambda _place, _scores: None
+        """Told of each score message and its sequence, also of one that the pool does not take."""
 
     @classmethod
     def of(cls, spec: RLJobSpec, link: Link, logger: logging.Logger) -> Ahead | None:
@@ -106,6 +108,7 @@ class Ahead:
             else:
                 if is_open(scores.header.task):
                     self.pool.accept(scores)
+                self.on_scores(sequence, scores)
             await notify()
 
     def take(self, trajectories: Iterable[Trajectory]) -> dict[Key, TakenAhead]:

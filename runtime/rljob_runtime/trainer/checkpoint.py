@@ -1,7 +1,8 @@
 """Checkpoints of model, optimizer, ledger and random state: a directory that exists whole or not at all.
 
     <root>/<epoch>-<version>/
-        weights/            torch's distributed checkpoint of masters and optimizer state, readable at any world size
+        weights/            torch's distributed checkpoint of masters, optimizer state and the average of weights where
+                            there is one, readable at any world size
         random-<rank>.safetensors
         state.json          step, ledger, counters
         complete.json       size and sha256 of every file above; written last
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from rljob_api.base import WireMessage
 from rljob_api.errors import CheckpointCorrupt, MalformedMessage, StorageError
+from rljob_runtime.correction.averaged_policy import AveragedPolicy, AverageState
 from rljob_runtime.trainer.distributed import World, broadcast_bytes
 from rljob_runtime.trainer.model import Policy
 
@@ -50,6 +52,8 @@ class CheckpointState(WireMessage):
     counters: dict[str, JsonValue] = Field(default_factory=dict)
     has_optimizer_state: bool = True
     """False before the first update, when AdamW has none."""
+    average: AverageState | None = None
+    """Of the job's average of weights, if it has one."""
 
     @property
     def directory(self) -> str:
@@ -58,21 +62,28 @@ class CheckpointState(WireMessage):
 
 
 def save_checkpoint(
-    root: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: CheckpointState, world: World
+    root: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: CheckpointState,
+    world: World,
+    average: AveragedPolicy | None = None,
 ) -> str:
     """Write one checkpoint durably and return its directory's name. Collective.
 
-    A checkpoint of the same epoch and version is replaced: its ledger may have moved on without a step.
+    A checkpoint of the same epoch and version is replaced: its ledger may have moved on without a step. Of the state,
+    what the optimizer and the average say of themselves is filled in here.
 
     Raises:
         StorageError: it could not be written; an earlier checkpoint of that name still exists.
     """
-    state = state.model_copy(update={"has_optimizer_state": bool(optimizer.state)})
+    own = {"has_optimizer_state": bool(optimizer.state), "average": None if average is None else average.state()}
+    state = state.model_copy(update=own)
     temporary = root / f".tmp-{state.directory}"
     _on_main(world, lambda: _prepare(root, temporary))
     try:
         save_file(_random_state(world.device), temporary / f"random-{world.rank}.safetensors")
-        save(_weights(policy, optimizer, state), checkpoint_id=temporary / _WEIGHTS)
+        save(_weights(policy, optimizer, state, average), checkpoint_id=temporary / _WEIGHTS)
     except (OSError, CheckpointException) as error:
         raise StorageError(f"checkpoint {state.directory} could not be written below {root}: {error}") from error
     dist.barrier()
@@ -80,17 +91,24 @@ def save_checkpoint(
     return state.directory
 
 
-def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> CheckpointState:
-    """Restore weights, optimizer and random state in place, at any world size, and return the rest. Collective.
+def load_checkpoint(
+    directory: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    average: AveragedPolicy | None = None,
+) -> CheckpointState:
+    """Restore weights, optimizer, average and random state in place, at any world size; return the rest. Collective.
 
-    A rank that did not exist when the checkpoint was made keeps its present random state.
+    A rank that did not exist when the checkpoint was made keeps its present random state. An average, which must have
+    been started, starts anew from the restored weights if the checkpoint has none.
 
     Raises:
         CheckpointCorrupt: it is missing, incomplete, or a file differs from its digest; nothing was changed.
     """
     _on_main(world, lambda: _verify(directory))
     state = _read_state(directory)
-    weights = _weights(policy, optimizer, state)
+    weights = _weights(policy, optimizer, state, average)
     load(weights, checkpoint_id=directory / _WEIGHTS)
     set_state_dict(
         policy,
@@ -100,6 +118,10 @@ def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Opti
     )
     if not state.has_optimizer_state:
         optimizer.state.clear()
+    if average is not None and state.average is not None:
+        average.restore(state.average, policy)
+    elif average is not None:
+        average.start(policy)
     random_file = directory / f"random-{world.rank}.safetensors"
     if random_file.exists():
         _restore_random_state(load_file(random_file), world.device)
@@ -127,14 +149,18 @@ def prune(root: Path, *, keep: int, current: str) -> None:
             shutil.rmtree(root / name)
 
 
-def _weights(policy: Policy, optimizer: torch.optim.Optimizer, state: CheckpointState) -> dict[str, Any]:
-    if not state.has_optimizer_state:
-        # Asked for the state of an optimizer that has none, torch makes a step of zeros to create it, and AdamW's bias
-        # correction would count that step for ever.
-        model, _ = get_state_dict(policy, ())
-        return {"model": model}
-    model, optimizer_state = get_state_dict(policy, optimizer)
-    return {"model": model, "optimizer": optimizer_state}
+def _weights(
+    policy: Policy, optimizer: torch.optim.Optimizer, state: CheckpointState, average: AveragedPolicy | None
+) -> dict[str, Any]:
+    # Asked for the state of an optimizer that has none, torch makes a step of zeros to create it, and AdamW's bias
+    # correction would count that step for ever.
+    model, optimizer_state = get_state_dict(policy, optimizer if state.has_optimizer_state else ())
+    weights: dict[str, Any] = {"model": model}
+    if state.has_optimizer_state:
+        weights["optimizer"] = optimizer_state
+    if average is not None and state.average is not None:
+        weights["average"] = average.tensors(policy)
+    return weights
 
 
 def _prepare(root: Path, temporary: Path) -> None:

@@ -18,7 +18,15 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from rljob_api.errors import DeadlineExceeded, StorageError
-from rljob_api.messages import CheckpointPointer, JobSettings, PoolReport, PublishedVersion, TrainerPhase, TrainerState
+from rljob_api.messages import (
+    CheckpointPointer,
+    EwmaReport,
+    JobSettings,
+    PoolReport,
+    PublishedVersion,
+    TrainerPhase,
+    TrainerState,
+)
 from rljob_api.names import KEY_SETTINGS, KEY_TRAINER
 from rljob_api.spec import OldLogprobs, RLJobSpec
 from rljob_api.weights import ModelFile, Probe
@@ -32,6 +40,7 @@ from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.barrier import BarrierKeeper
 from rljob_runtime.trainer.batch import TrainBatch, build_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, prune
+from rljob_runtime.trainer.dedicated import DedicatedWait
 from rljob_runtime.trainer.eager import pool_report
 from rljob_runtime.trainer.intake import Intake, Taken
 from rljob_runtime.trainer.publisher import Publisher, oldest_version_needed
@@ -76,6 +85,7 @@ class Leader:
         world_size: int = 1,
         ahead: Ahead | None = None,
         barrier: BarrierKeeper | None = None,
+        dedicated: DedicatedWait | None = None,
     ) -> None:
         self._background = background
         self._link = link
@@ -92,6 +102,7 @@ class Leader:
         self._world_size = world_size
         self._ahead = ahead
         self._barrier = barrier
+        self._dedicated = dedicated
         self._logger = logger
         self._steps = StepLog(link)
         self._log = TrajectoryLog(link)
@@ -117,6 +128,8 @@ class Leader:
         self._background.start(self._intake.run())
         self._background.start(self._heartbeats())
         self._background.start(self._follow_settings())
+        if self._dedicated is not None:
+            self._background.start(self._dedicated.run())
 
     def phase(self, phase: TrainerPhase, step: int, version: int) -> None:
         """What the next heartbeats say."""
@@ -201,6 +214,10 @@ class Leader:
         if self._barrier is not None and self._barrier.report is not None:
             self._barrier.report = self._barrier.report.model_copy(update={"tokens_scored": scored_behind_barrier})
 
+    def waiting_tokens(self, version: int) -> dict[int, int]:
+        """Tokens that wait for a step and may still train once `version` is published, by their weight version."""
+        return self._call(self._intake.waiting_tokens(version))
+
     def fetch_version(self, version: int) -> Path | None:
         """The published bytes of a retained version, for a snapshot that memory no longer holds; None when gone."""
         published = self._publisher.retained.get(version)
@@ -256,7 +273,15 @@ class Leader:
         self._call(self._intake.step_trained(version))
 
     def report(
-        self, *, step: int, version: int, batch: TrainBatch, update: UpdateReport, rate: float, seconds: Seconds
+        self,
+        *,
+        step: int,
+        version: int,
+        batch: TrainBatch,
+        update: UpdateReport,
+        ewma: EwmaReport | None,
+        rate: float,
+        seconds: Seconds,
     ) -> None:
         """Put the step's report on the steps stream and the step into the record."""
         taken = self._taken
@@ -270,6 +295,7 @@ class Leader:
             rate=rate,
             taken=taken,
             update=update,
+            ewma=ewma,
             groups_without_variance=batch.groups_without_variance,
             tokens_trained=self._tokens_trained,
             totals=self._call(self._intake.totals()),
@@ -278,6 +304,7 @@ class Leader:
             pool=self._pool_report(batch, taken),
             barrier=None if self._barrier is None else self._barrier.report,
             now=time.time(),
+            dedicated=None if self._dedicated is None else self._dedicated.report,
         )
         if self._recorder is not None:
             self._recorder.add_step(
@@ -322,6 +349,8 @@ class Leader:
         self._call(self._publisher.point_to_checkpoint(pointer))
         prune(root, keep=self._spec.storage.checkpoint.keep, current=name)
         self._call(self._log.cut(self._cursor))
+        if self._dedicated is not None:
+            self._call(self._dedicated.forget(self._cursor))
         oldest = oldest_version_needed(self._publisher.retained, checkpoint_step=step, max_versions=self._max_versions)
         deleted = self._call(self._publisher.keep_versions_from(oldest))
         self._stream_checked = float("-inf")
@@ -339,7 +368,10 @@ class Leader:
 
     async def _send_heartbeat(self) -> None:
         self._beat += 1
-        await self._link.beat(KEY_TRAINER, self._state.model_copy(update={"beat": self._beat}))
+        said: dict[str, object] = {"beat": self._beat}
+        if self._dedicated is not None and self._dedicated.message:
+            said["message"] = self._dedicated.message
+        await self._link.beat(KEY_TRAINER, self._state.model_copy(update=said))
 
     async def _follow_settings(self) -> None:
         """Live fields of the spec, as the operator writes them."""

@@ -10,6 +10,7 @@ One step is one batch, one or more optimizer updates and exactly one published v
 
 from __future__ import annotations
 
+import json
 import time
 from enum import IntEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from rljob_api.messages import TrainerPhase
 from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.score_pool import Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import Source
@@ -28,10 +30,12 @@ from rljob_runtime.trainer.distributed import World, broadcast_bytes
 from rljob_runtime.trainer.eager import ScoreRound, broadcast_round, score_round
 from rljob_runtime.trainer.leader import Leader
 from rljob_runtime.trainer.model import Policy, full_state
+from rljob_runtime.trainer.old_versions import make_room
 from rljob_runtime.trainer.optimizer import learning_rate
 from rljob_runtime.trainer.probe import make_probe
 from rljob_runtime.trainer.reporting import Seconds
 from rljob_runtime.trainer.shared_file import on_every_node
+from rljob_runtime.trainer.step_statistics import step_statistics
 from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
 
 IDLE_SECONDS = 5.0
@@ -57,6 +61,8 @@ class Trainer:
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         snapshots: SnapshotStore,
+        average: AveragedPolicy | None,
+        capacity: int | None,
         leader: Leader | None,
         checkpoint_root: Path,
         scratch: Path,
@@ -71,6 +77,9 @@ class Trainer:
         self._policy = policy
         self._optimizer = optimizer
         self._snapshots = snapshots
+        self._average = average
+        snapshots.watch(optimizer)
+        self._capacity = capacity
         self._leader = leader
         self._checkpoint_root = checkpoint_root
         self._scratch = scratch
@@ -127,7 +136,7 @@ class Trainer:
         started = time.monotonic()
         self._max_versions = batch.max_versions
         self._reload_snapshots(batch)
-        old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world)
+        old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world, self._average)
         scored = time.monotonic()
         rate = learning_rate(self._spec.training, self._step)
         update = train_on(
@@ -140,10 +149,14 @@ class Trainer:
             rate=rate,
             before_first_update=self._leave_version,
         )
+        if self._average is not None:
+            self._average.observe(step_statistics(batch, update, self._settings))
         trained = time.monotonic()
         self._step += 1
         self._version += 1
         self._publish()
+        if self._average is not None:
+            self._average.published(self._policy)
         if self._leader is not None:
             self._leader.step_trained(self._version, update)
         published = time.monotonic()
@@ -153,7 +166,13 @@ class Trainer:
         seconds.publishing, seconds.checkpointing = published - trained, time.monotonic() - published
         if self._leader is not None:
             self._leader.report(
-                step=self._step, version=self._version, batch=batch, update=update, rate=rate, seconds=seconds
+                step=self._step,
+                version=self._version,
+                batch=batch,
+                update=update,
+                ewma=None if self._average is None else self._average.report(),
+                rate=rate,
+                seconds=seconds,
             )
 
     def _score_ahead(self, rows: list[Wanted]) -> None:
@@ -188,12 +207,16 @@ class Trainer:
         """Bring back versions that the batch names and memory does not hold: a resume starts with an empty store."""
         if self._spec.correction.old_logprobs is not OldLogprobs.SNAPSHOT:
             return
-        named = np.unique(
+        named, tokens = np.unique(
             np.concatenate(
                 [row.weight_version[row.trainable & (row.known_source == Source.NONE)] for row in batch.rows]
-            )
+            ),
+            return_counts=True,
         )
+        self._snapshots.retain(dict(zip(named.tolist(), tokens.tolist(), strict=True)))
         for version in sorted({int(v) for v in named} - set(self._snapshots.versions) - {batch.version}):
+            if self._capacity is not None and len(self._snapshots.versions) >= self._capacity:
+                return  # tokens of the others leave the loss, and are counted
             found = self._leader.fetch_version(version) if self._leader is not None else None
             with on_every_node(found, self._scratch, self._world) as path:
                 if path is not None:
@@ -208,10 +231,20 @@ class Trainer:
             final = self._step >= self._spec.training.steps
             self._leader.publish(state, probe, version=self._version, step=self._step, final=final)
         if self._spec.correction.old_logprobs is OldLogprobs.SNAPSHOT:
+            make_room(
+                self._snapshots,
+                self._version,
+                max_versions=self._max_versions,
+                waiting=self._waiting_tokens(),
+                capacity=self._capacity,
+            )
             self._snapshots.save(self._version, self._policy)
-            for version in self._snapshots.versions:
-                if version < self._version - self._max_versions:
-                    self._snapshots.drop(version)
+
+    def _waiting_tokens(self) -> dict[int, int]:
+        """Tokens of trajectories that wait for a step after this version, by weight version. Collective."""
+        waiting = self._leader.waiting_tokens(self._version) if self._leader is not None else {}
+        pairs = json.loads(self._from_leader(json.dumps(list(waiting.items())).encode()))
+        return dict(pairs)
 
     def _checkpoint_due(self) -> bool:
         filling = self._leader is not None and self._leader.stream_is_filling()
@@ -224,7 +257,7 @@ class Trainer:
             state = self._leader.checkpoint_state(version=self._version, step=self._step)
         else:
             state = CheckpointState(epoch=self._epoch, version=self._version, step=self._step, ledger={})
-        name = save_checkpoint(self._checkpoint_root, self._policy, self._optimizer, state, self._world)
+        name = save_checkpoint(self._checkpoint_root, self._policy, self._optimizer, state, self._world, self._average)
         if self._leader is not None:
             self._leader.checkpointed(self._checkpoint_root, name, version=self._version, step=self._step)
         self._checkpointed_step = self._step

@@ -27,6 +27,7 @@ from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_runtime import termination
 from rljob_runtime.accelerator import check_accelerator
+from rljob_runtime.correction.averaged_policy import averaged_policy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.model_source import materialise
 from rljob_runtime.settings import RuntimeSettings
@@ -35,11 +36,13 @@ from rljob_runtime.trainer.ahead import Ahead
 from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.barrier import BarrierKeeper
 from rljob_runtime.trainer.checkpoint import load_checkpoint
+from rljob_runtime.trainer.dedicated import DedicatedWait
 from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world, largest
 from rljob_runtime.trainer.intake import NOTHING, Intake
 from rljob_runtime.trainer.leader import OUTAGE_SECONDS, Leader
 from rljob_runtime.trainer.loop import Trainer
 from rljob_runtime.trainer.model import Policy, build_policy, compute_dtype, full_state
+from rljob_runtime.trainer.old_versions import capacity
 from rljob_runtime.trainer.optimizer import build_optimizer
 from rljob_runtime.trainer.probe import probe_tokens
 from rljob_runtime.trainer.publisher import Publisher
@@ -145,6 +148,14 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
         model_directory, compute_type=spec.training.compute_type, device=world.device, mesh=world.mesh
     )
     optimizer = build_optimizer(policy, spec.training)
+    average = averaged_policy(spec.correction, policy)
+    room = capacity(spec, policy, world)
+    kept = spec.correction.snapshots
+    snapshots = SnapshotStore(
+        compute_dtype(spec.training.compute_type),
+        memory_bytes=kept.memory_bytes,
+        spill_directory=settings.cache_dir / f"snapshots-{world.rank}" if kept.spill else None,
+    )
     background = Background() if world.is_main else None
     publisher: Publisher | None = None
     link: Link | None = None
@@ -156,7 +167,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
         start = _agree_on_start(publisher, world)
         ledger, counters = admission.new_ledger(), dict[str, object]()
         if start.checkpoint:
-            state = load_checkpoint(settings.checkpoint_dir / start.checkpoint, policy, optimizer, world)
+            state = load_checkpoint(settings.checkpoint_dir / start.checkpoint, policy, optimizer, world, average)
             if state.step != start.step:
                 raise CheckpointCorrupt(
                     f"checkpoint {start.checkpoint} is of step {state.step}, its pointer says {start.step}"
@@ -176,7 +187,9 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             world=world,
             policy=policy,
             optimizer=optimizer,
-            snapshots=SnapshotStore(compute_dtype(spec.training.compute_type)),
+            snapshots=snapshots,
+            average=average,
+            capacity=room,
             leader=leader,
             checkpoint_root=settings.checkpoint_dir,
             scratch=settings.cache_dir / "versions",
@@ -193,6 +206,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             leader.finish(finished=finished)
         return finished
     finally:
+        snapshots.close()
         if background is not None:
             background.cancel_tasks()
             if link is not None:
@@ -270,6 +284,11 @@ def _make_leader(
         recorder.add_model_files(files, model_directory)
     counted = Counters.model_validate(counters)
     ahead = Ahead.of(spec, link, logger)
+    dedicated = None
+    if ahead is not None and spec.correction.old_logprobs is OldLogprobs.DEDICATED:
+        timeout = spec.correction.dedicated_timeout_seconds
+        dedicated = DedicatedWait(link, ahead.pool, timeout_seconds=timeout, logger=logger)
+        ahead.on_scores = dedicated.told
     intake = Intake(
         spec=spec,
         epoch=publisher.epoch,
@@ -286,6 +305,7 @@ def _make_leader(
         log=TrajectoryLog(link),
         logger=logger,
         ahead=ahead,
+        may_train=(lambda _: True) if dedicated is None else dedicated.may_train,
     )
     barrier = None
     if spec.correction.old_logprobs is OldLogprobs.INTERRUPTION:
@@ -311,6 +331,7 @@ def _make_leader(
         world_size=world_size,
         ahead=ahead,
         barrier=barrier,
+        dedicated=dedicated,
     )
 
 

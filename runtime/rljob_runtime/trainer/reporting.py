@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rljob_api.messages import BarrierReport, PoolReport, StepReport
+from rljob_api.messages import BarrierReport, DedicatedReport, EwmaReport, PoolReport, StepReport
 from rljob_runtime.trainer.intake import IntakeTotals, Taken
 from rljob_runtime.trainer.update import UpdateReport
 
@@ -39,6 +39,7 @@ def step_report(
     rate: float,
     taken: Taken,
     update: UpdateReport,
+    ewma: EwmaReport | None,
     groups_without_variance: int,
     tokens_trained: int,
     totals: IntakeTotals,
@@ -47,6 +48,7 @@ def step_report(
     pool: PoolReport | None = None,
     barrier: BarrierReport | None = None,
     now: float,
+    dedicated: DedicatedReport | None = None,
 ) -> StepReport:
     """The report of a finished step; `tokens_trained` and `totals` are cumulative."""
     trajectories = [trajectory for group in taken.groups for trajectory in group]
@@ -66,6 +68,7 @@ def step_report(
         sources=update.sources,
         staleness=update.staleness,
         discrepancy_by_staleness=update.discrepancy_by_staleness,
+        ewma=ewma,
         keep_fraction=update.keep_fraction,
         clip_fraction=update.clip_fraction,
         active_fraction=update.active_fraction,
@@ -85,6 +88,7 @@ def step_report(
         seconds_publishing=seconds.publishing,
         seconds_checkpointing=seconds.checkpointing,
         seconds_total=seconds.total,
+        dedicated=dedicated,
         pool=pool,
         barrier=barrier,
         queue_tasks=queues[0],

@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.integration.trainer.launching import torchrun
 from tests.integration.trainer.ranks import check_checkpoint, run_checks
 from tests.integration.trainer.toy import make_model
 
 from rljob_runtime.trainer.distributed import distributed_world
+
+ROOT = Path(__file__).parents[3]
+
+
+def torchrun(folder: Path, script: str = "ranks.py") -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"),
+        *(f"--master-port={port}", f"--log-dir={folder / 'torchrun'}"),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *(path for path in sys.path if path)]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    process = subprocess.Popen(
+        [sys.executable, *command, str(Path(__file__).with_name(script)), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, output[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "flat", sharpness=0.05)
     with distributed_world("cpu", timeout_seconds=60) as world:
         run_checks(folder, world)
-        torchrun("ranks.py", folder)
+        torchrun(folder)
         later = check_checkpoint(folder, world, save=False, load_from=2)
         (folder / "one-from-two.json").write_text(json.dumps(later))
     return folder

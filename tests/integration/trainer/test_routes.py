@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.integration.trainer.launching import torchrun
 from tests.integration.trainer.routes import STEPS, run_checks
+from tests.integration.trainer.test_ranks import torchrun
 from tests.integration.trainer.toy import make_model
 
 from rljob_runtime.trainer.distributed import distributed_world
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run_checks(folder, world)
     finally:
         torch.set_num_threads(threads)
-    torchrun("routes.py", folder)
+    torchrun(folder, "routes.py")
     return folder
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from tests.unit.cli.synthetic import report, worker
 
 from rljob.live import LiveView, plain_line, render, sparkline
-from rljob_api.messages import PublishedVersion, WorkerPhase
+from rljob_api.messages import DedicatedReport, PublishedVersion, WorkerPhase
 from rljob_api.weights import Blob
 from rljob_protocol.coordinator import CoordinationSummary, CoordinatorSettings, new_state, summary
 
@@ -71,6 +71,16 @@ def test_one_step_is_one_line() -> None:
     assert line.startswith("step 3/40 reward 0.060 version 3 serving v7x1 v6x1 staleness 1/2/2 keep 0.990 clip 0.020")
     assert "400 tokens/s" in line
     assert "trainer idle 29%" in line
+
+
+def test_the_old_policy_pool_is_shown_where_there_is_one_and_says_when_it_is_late() -> None:
+    in_time = DedicatedReport(waiting_seconds=0.25, tokens_scored=900, backlog=3, workers=2)
+    late = DedicatedReport(waiting_seconds=60.0, tokens_scored=1000, tokens_late=500, backlog=40)
+    line = plain_line(report(3, dedicated=in_time), coordination(), 40)
+    assert line.endswith(" old-policy pool: 2 workers alive, backlog 3, waited 0.2 s")
+    text = text_of(LiveView("toy", 40, (report(1, dedicated=late),), coordination(), 1.0))
+    assert "no worker alive, backlog 40, waited 60.0 s, 500 of 1,500 stale tokens late" in text
+    assert "old-policy pool" not in text_of(LiveView("toy", 40, (report(1),), coordination(), 1.0))
 
 
 def test_a_sparkline_is_as_wide_as_its_values_up_to_its_bound_and_clamps() -> None:

@@ -14,7 +14,7 @@ from rljob_api.messages import Outcome, Task, TrajectoryHeader
 from rljob_api.spec import Staleness
 from rljob_api.validate import parse_job
 from rljob_protocol import admission
-from rljob_runtime.trainer.intake import NOTHING, Intake, IntakeTotals
+from rljob_runtime.trainer.intake import NOTHING, Intake, IntakeTotals, Taken
 from rljob_runtime.trajectory_codec import Trajectory, encode_trajectory
 
 SPEC = parse_job(job(sampling__samplesPerTask=2, training__tasksPerStep=1, staleness__maxVersions=1)).spec
@@ -161,3 +161,35 @@ async def test_a_malformed_trajectory_is_passed_over_and_the_next_one_is_read() 
     await intake._admit()
     totals = await intake.totals()
     assert (totals.last_sequence, totals.pending) == (3, 2 * TOKENS)
+
+
+async def test_a_batch_that_may_not_train_yet_stays_in_the_ledger_and_the_next_answer_lets_it_go() -> None:
+    """Else a stop while a step waits for old log-probabilities would lose its groups: the checkpoint passes them."""
+    log = FakeLog(finished(0, 0, 3), finished(0, 1, 3))
+    tasks: Any = FakeTasks()
+    stream: Any = log
+    asked: list[Taken] = []
+    intake = Intake(
+        spec=SPEC,
+        epoch=2,
+        ledger=admission.on_resume(admission.new_ledger(), 3),
+        cursor=0,
+        totals=NOTHING,
+        tasks=tasks,
+        log=stream,
+        logger=logging.getLogger("test"),
+        may_train=lambda taken: asked.append(taken) or len(asked) > 2,  # type: ignore[func-returns-value]
+    )
+    await intake.recover()
+    await intake._admit()
+    before = await intake.snapshot()
+    assert await intake.next_batch(0.0) is None
+    assert await intake.next_batch(0.0) is None
+    assert await intake.snapshot() == before
+    assert (await intake.totals()).pending == 2 * TOKENS
+    taken = await intake.next_batch(0.0)
+    assert taken is not None
+    assert taken.sequences == {(0, 0): 1, (0, 1): 2}
+    assert [look.sequences for look in asked] == [taken.sequences] * 3
+    assert (await intake.totals()).pending == 0
+    assert await intake.snapshot() != before

@@ -28,11 +28,16 @@ def trainer_hash(spec: RLJobSpec) -> str:
 def pool_hash(spec: RLJobSpec, pool: str) -> str:
     """Changes exactly when the pool's pods must be replaced."""
     document = _as_sent(spec)
-    own = next(item for item in document["rolloutPools"] if item["name"] == pool)
+    training = document["training"]
+    used = {field: document.get(field) for field in _EVERYONE}
+    used |= {"weights": document["storage"].get("weights"), "computeType": training["computeType"]}
+    if pool == names.OLD_POLICY_POOL:
+        own = document["oldPolicyPool"]
+        used |= {"tokensPerMicroBatch": training["tokensPerMicroBatch"]}  # it scores in the trainer's portions
+    else:
+        own = next(item for item in document["rolloutPools"] if item["name"] == pool)
     kept = {key: value for key, value in own.items() if key not in ("replicas", "minReplicas")}
-    computed = document["training"]["computeType"]
-    shared = {field: document.get(field) for field in _EVERYONE}
-    return hash_of({**shared, "weights": document["storage"].get("weights"), "computeType": computed, "pool": kept})
+    return hash_of({**used, "pool": kept})
 
 
 def config_map(observed: Observed, spec: RLJobSpec, name: str, *, pool: str, attempt: int | None) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def config_map(observed: Observed, spec: RLJobSpec, name: str, *, pool: str, att
     document = _as_sent(spec)
     for field in ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished", "failurePolicy"):
         document.pop(field, None)
-    for part in (document.get("trainer", {}), *document["rolloutPools"]):
+    for part in (document.get("trainer", {}), document.get("oldPolicyPool", {}), *document["rolloutPools"]):
         part.pop("template", None)  # may hold what the pods need not read
     content = {
         "apiVersion": names.API_VERSION,
