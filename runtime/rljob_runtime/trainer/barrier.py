@@ -28,8 +28,8 @@ LIVENESS_SECONDS = 30.0
 POLL_SECONDS = 0.1
 READ_SECONDS = 10.0
 """How long the streams may take to bring what workers say is on them."""
-GENERATING = (WorkerPhase.SERVING, WorkerPhase.SWAPPING)
-"""Phases in which a worker has, or may get, tokens of the resident version. One that drains hands over as it goes."""
+WITHOUT_TOKENS = (WorkerPhase.STARTING, WorkerPhase.POISONED, WorkerPhase.DRAINING, WorkerPhase.STOPPED)
+"""Phases in which a worker neither has tokens to hand over nor gets any, or sends what it has as it goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def judge(watch: Watch, now: float) -> Finding:
     awaited = {
         name: seen.state
         for name, seen in sorted(watch.workers.items())
-        if seen.state.phase in GENERATING and now - seen.changed_at < LIVENESS_SECONDS
+        if seen.state.phase not in WITHOUT_TOKENS and now - seen.changed_at < LIVENESS_SECONDS
     }
     missing = tuple(name for name, state in awaited.items() if state.barrier != (watch.epoch, watch.version))
     states = [seen.state for seen in watch.workers.values()]
