@@ -105,6 +105,7 @@ class WorkerPhase(StrEnum):
     STARTING = "Starting"  # engine not up yet, or no version loaded yet
     SERVING = "Serving"  # gate open
     SWAPPING = "Swapping"  # gate shut: abort, apply, probe
+    HELD = "Held"  # gate shut: a barrier holds, or the trainer is silent (interruption route)
     POISONED = "Poisoned"  # apply or probe failed; the process is about to restart
     DRAINING = "Draining"  # told to stop; partials are being handed over or counted
     STOPPED = "Stopped"  # last write of this incarnation
@@ -127,12 +128,18 @@ class WorkerCounters(FrozenModel):
     """Model tokens lost to interruptions; stays 0 unless something is wrong."""
     interruptions: int = 0
     """Weight-version changes that shut the gate."""
+    barrier_seconds: float = 0.0
+    """Time for which a barrier, or a silent trainer, held the gate shut; swaps are in `pause_seconds`."""
     partials_continued: int = 0
     """Partial rollouts with >= 1 model token before and >= 1 after a version change."""
     trajectories: int = 0
     environment_failures: int = 0
     malformed: int = 0
     swaps_failed: int = 0
+    segments_sent: int = 0
+    """Messages on the segment stream."""
+    segments_failed: int = 0
+    """Messages that the segment stream did not take in time; each was sent again, later."""
 
 
 class WorkerState(WireMessage):

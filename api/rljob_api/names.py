@@ -96,6 +96,10 @@ class JobNames:
     def desired_hint(self) -> str:
         return f"rljob.{self.uid}.hints.desired"
 
+    @property
+    def barrier_hint(self) -> str:
+        return f"rljob.{self.uid}.hints.barrier"
+
 
 # Keys of the control bucket.
 KEY_EPOCH = "epoch"  # EpochClaim, written by trainer rank 0

@@ -10,6 +10,14 @@ from rljob_api.messages import DesiredVersion, PublishedVersion
 from rljob_api.weights import Blob
 from rljob_protocol.worker import (
     FETCH_BACKOFF_MAX_SECONDS,
+    Swap,
+    WorkerSettings,
+    WorkerState,
+    is_converged,
+    new_state,
+    step,
+)
+from rljob_protocol.worker_events import (
     Applied,
     Apply,
     ApplyFailed,
@@ -31,13 +39,7 @@ from rljob_protocol.worker import (
     PublishedSeen,
     Report,
     ShutGate,
-    Swap,
     Tick,
-    WorkerSettings,
-    WorkerState,
-    is_converged,
-    new_state,
-    step,
 )
 
 SETTINGS = WorkerSettings(
