@@ -44,3 +44,24 @@ def test_without_the_eager_pool_every_stale_token_is_left_to_the_snapshots(tmp_p
     steps = RunDirectory(directory).read_steps()
     assert {source for step in steps for source in step.sources} == {"resident", "snapshot"}
     assert sum(step.seconds_eager for step in steps) == 0
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_interruption_route_is_exact_without_a_stored_version(tmp_path: Path, eager: bool) -> None:
+    directory = tmp_path / "run"
+    correction = {"oldLogprobs": "Interruption", "eager": {"enabled": eager}}
+    code, output = run(tmp_path, job(training__steps=15, correction=correction), "--run-dir", str(directory))
+    assert code == 0, output
+    seen = summary(directory)
+    assert (seen["finished"], seen["exactFraction"]) == (True, 1.0)
+    assert seen["conservation"]["problems"] == []
+    assert "MissedBarrier" not in seen["conservation"]["dropped"]
+    assert seen["tokensLostToInterruptions"] == 0
+    steps = RunDirectory(directory).read_steps()
+    assert {source for step in steps for source in step.sources} == {"resident", "pool"}
+    barriers = [step.barrier for step in steps]
+    assert all(barrier is not None and (barrier.workers, barrier.missing) == (2, 0) for barrier in barriers)
+    assert sum(barrier.tokens_scored for barrier in barriers if barrier is not None) > 0
+    assert max(largest_log_discrepancy(directory).values()) <= 1e-4
+    checked = verify(directory)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

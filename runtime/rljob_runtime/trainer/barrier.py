@@ -198,3 +198,4 @@ class BarrierKeeper:
                 raise
             self._revision = held.revision  # the write had landed and only its answer was lost over an outage
         self._held = barrier
+        await self._link.hint(self._link.names.barrier_hint)

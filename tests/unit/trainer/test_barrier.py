@@ -9,7 +9,7 @@ import pytest
 
 from rljob_api.errors import Fenced
 from rljob_api.messages import Barrier, BarrierReport, BarrierState, WorkerPhase, WorkerState
-from rljob_api.names import KEY_BARRIER
+from rljob_api.names import KEY_BARRIER, JobNames
 from rljob_protocol.link import Versioned
 from rljob_runtime.trainer.barrier import LIVENESS_SECONDS, BarrierKeeper, Watch, begin, judge, observe
 
@@ -35,6 +35,8 @@ TABLE = {
     "one keeps the barrier before": ([worker("a", (EPOCH, VERSION - 1))], 0.0, ("a",), ("a",), False),
     "one keeps that of the trainer before": ([worker("a", (EPOCH - 1, VERSION))], 0.0, ("a",), ("a",), False),
     "one is between two versions": ([worker("a", None, SWAPPING)], 0.0, ("a",), ("a",), False),
+    "one holds still, and has not handed over": ([worker("a", None, WorkerPhase.HELD)], 0.0, ("a",), ("a",), False),
+    "one holds still for it": ([worker("a", KEEPS, WorkerPhase.HELD)], 0.0, ("a",), (), True),
     "nobody generates": ([], 0.0, (), (), True),
     "those that start, drain, or are about to end make nothing": (
         [
@@ -109,11 +111,14 @@ def test_streams_are_read_up_to_what_any_worker_says_is_on_them() -> None:
 class FakeLink:
     """One control key, and worker states: one answer a look, the last one for ever."""
 
+    names = JobNames("test")
+
     def __init__(self, *answers: tuple[WorkerState, ...], held: Barrier | None = None) -> None:
         self.answers = list(answers)
         self.held = None if held is None else Versioned(held, 5)
         self.written: list[tuple[int, BarrierState]] = []
         self.loses_answer = False
+        self.hints: list[str] = []
 
     async def read(self, key: str, kind: type[Any]) -> Versioned[Barrier] | None:
         assert key == KEY_BARRIER
@@ -127,6 +132,9 @@ class FakeLink:
         if self.loses_answer:
             raise Fenced("the retry met its own write")
         return self.held.revision
+
+    async def hint(self, subject: str) -> None:
+        self.hints.append(subject)
 
     async def live_workers(self) -> tuple[WorkerState, ...]:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -163,6 +171,7 @@ async def test_a_barrier_is_announced_kept_read_and_released_in_that_order() -> 
     assert isinstance(report, BarrierReport) and (report.workers, report.missing) == (1, 0)
     await barrier.release()
     await barrier.release()
+    assert link.hints == [link.names.barrier_hint] * 2
     assert link.written == [(VERSION, BarrierState.QUIESCE), (VERSION, BarrierState.RELEASED)]
 
 
