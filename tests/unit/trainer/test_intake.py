@@ -105,6 +105,20 @@ async def test_what_a_dead_attempt_finished_counts_where_it_is_fresh_enough_and_
     assert totals.rolled_back == (2, 3)
 
 
+async def test_waiting_tokens_are_counted_by_version_as_long_as_they_may_train_in_the_coming_step() -> None:
+    # A resume as version 3 of step 0: versions 0 to 2 and 3 itself are one step old when 4 comes, two when 5 does.
+    intake, _ = resumed(FakeLog(finished(0, 0, 0), finished(0, 1, 2), finished(1, 0, 3)), version=3)
+    await intake.recover()
+    all_three = {0: TOKENS, 2: TOKENS, 3: TOKENS}
+    assert await intake.waiting_tokens(3) == all_three
+    assert await intake.waiting_tokens(4) == all_three
+    await intake.step_trained(4)
+    assert await intake.waiting_tokens(4) == all_three
+    assert await intake.waiting_tokens(5) == {}
+    await intake.use(Staleness(max_versions=2))
+    assert await intake.waiting_tokens(5) == all_three
+
+
 async def test_a_sample_that_was_rolled_back_before_the_checkpoint_is_not_counted_again_after_another_death() -> None:
     log = FakeLog(finished(0, 0, 0), finished(1, 0, 1), finished(9, 0, 2))
     first, _ = resumed(log, version=3)
