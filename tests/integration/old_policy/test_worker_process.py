@@ -201,22 +201,25 @@ async def test_killed_in_mid_run_and_drained_at_the_end_the_pool_scores_every_to
     for version in (0, 1, 2):
         await job.publish(version)
     first = [await job.finish(task, task % 3, min(2, task % 3 + 1)) for task in range(30)]
+    in_hand = [await job.finish(50 + task, 2, 3) for task in range(6)]  # version 3 is not there yet
     process = await job.start()
-    await job.scored(first[0])
+    await job.scored(*first)
     assert (tmp_path / "ready").exists()
+    await job.until(lambda state: state.backlog == len(in_hand))
     process.send_signal(signal.SIGKILL)
     await process.wait()
-    await job.log.cut(first[2])  # the trainer trained some meanwhile
+    await job.log.cut(first[20])  # the trainer trained some meanwhile
     second = [await job.finish(100 + task, 1, 2) for task in range(10)]
     process = await job.start()
-    await job.scored(*first[3:], *second)
+    await job.scored(*second)
+    assert not set(in_hand) & job.scores.keys()
 
-    # A version that comes while it works, a trajectory that comes before its version, and one over the bound.
-    early = await job.finish(200, 2, 3)
+    # The version comes; then trajectories with tokens over the bound, and with tokens of a version that is not kept.
     await job.publish(3)
+    await job.scored(*in_hand)
     await job.until(lambda state: state.version == 3)
     too_old, fresh = await job.finish(201, 0, 3), await job.finish(202, 1, 3)
-    await job.scored(early, too_old, fresh)
+    await job.scored(too_old, fresh)
     await job.publish(4, keep=2)
     await job.until(lambda state: state.version == 4)
     late = await job.finish(203, 1, 4)
@@ -229,8 +232,13 @@ async def test_killed_in_mid_run_and_drained_at_the_end_the_pool_scores_every_to
     assert [s for s, is_complete in complete.items() if not is_complete] == [too_old, late]
     assert {int(v) for s in (too_old, late) for v in job.scores[s][0].weight_version} == {3, 4}
 
-    state = await job.until(lambda state: state.backlog == 0 and state.trajectories_scored >= 30)
-    assert "VersionGone" in state.message
+    expected = len(second) + len(in_hand) + 3
+    state = await job.until(lambda state: state.backlog == 0 and state.trajectories_scored >= expected)
+    over_bound, gone = (
+        int((job.trajectories[sequence].weight_version == version).sum())
+        for sequence, version in ((too_old, 0), (late, 1))
+    )
+    assert state.message == f"tokens not scored: {over_bound} OverBound, {gone} VersionGone"
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), 60) == 0
     assert not (tmp_path / "ready").exists()
