@@ -9,6 +9,7 @@ from collections.abc import Callable
 from rljob_api.errors import ProtocolError
 from rljob_api.messages import (
     Barrier,
+    BarrierState,
     CoordinatorHeartbeat,
     DesiredVersion,
     JobSettings,
@@ -75,20 +76,32 @@ class Followers:
         while True:
             try:
                 seen = await self._link.read(KEY_BARRIER, Barrier)
+                if seen is not None:
+                    await self._see_barrier(seen.value)
+                return
             except ProtocolError as error:
                 self._logger.warning("the barrier could not be read", extra=fields(error=str(error)))
                 await asyncio.sleep(AGAIN_SECONDS)
-                continue
-            if seen is not None:
-                self._post(BarrierSeen(seen.value))
-            return
 
     async def barrier(self) -> None:
         """The trainer's barrier."""
         hint = self._names.barrier_hint
         following = self._link.follow(KEY_BARRIER, Barrier, hint_subject=hint, interval_seconds=BARRIER_SECONDS)
         async for seen in following:
-            self._post(BarrierSeen(seen.value))
+            try:
+                await self._see_barrier(seen.value)
+            except ProtocolError as error:  # what it is released for cannot be read: the gate stays shut meanwhile
+                self._logger.warning("the barrier could not be followed", extra=fields(error=str(error)))
+                await self.first_barrier()
+
+    async def _see_barrier(self, barrier: Barrier) -> None:
+        """A release comes after the publication that it is for: learnt in the other order, it would let tokens of the old
+        version pass that nobody can score."""
+        if barrier.state is BarrierState.RELEASED:
+            published = await self._link.read(KEY_PUBLISHED, PublishedVersion)
+            if published is not None:
+                self._post(PublishedSeen(published.value))
+        self._post(BarrierSeen(barrier))
 
     async def settings(self, take: Callable[[JobSettings], None]) -> None:
         """Fields of the spec that change while the worker runs."""
