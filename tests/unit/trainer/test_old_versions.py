@@ -38,6 +38,7 @@ def world() -> Iterator[World]:
 def spec(compute_type: str = "Float32", route: str = "Snapshot", **snapshots: Any) -> RLJobSpec:
     return parse_job(
         job(
+            model={"path": "a-model-of-unknown-size"},  # the size of a random one is checked before a job starts
             staleness__maxVersions=4,
             training__computeType=compute_type,
             correction__oldLogprobs=route,
