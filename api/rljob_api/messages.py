@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from rljob_api.base import FrozenModel, WireMessage
+from rljob_api.diagnostics import AuditReport, Diagnostics
 from rljob_api.spec import Staleness
 from rljob_api.weights import Blob
 
@@ -291,4 +292,6 @@ class StepReport(WireMessage):
     queue_tasks: int = 0
     queue_trajectories: int = 0
     finished_at: float = 0.0
+    diagnostics: Diagnostics | None = None
+    audit: AuditReport | None = None
     kind: Literal["StepReport"] = "StepReport"
