@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.measure import Figure, Range, machine, ranges
 
-BENCHES = ("chunked_logprobs", "pause", "worker_throughput", "async_over_sync")
+BENCHES = ("chunked_logprobs", "diagnostics", "pause", "worker_throughput", "async_over_sync")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 

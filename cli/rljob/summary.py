@@ -8,6 +8,7 @@ from statistics import mean
 
 from pydantic import Field
 
+from rljob.leak import reported_leak
 from rljob_api.base import FrozenModel
 from rljob_api.messages import StepReport, WorkerPhase, WorkerState
 
@@ -45,6 +46,8 @@ class Summary(FrozenModel):
     route: str
     exact_fraction: float
     """Smallest over all steps."""
+    leak: str = ""
+    """Whether staleness leaks into the discrepancy mask, in words; empty where the steps report no diagnostics."""
     staleness_max: int
     interruptions: int
     partials_continued: int
@@ -148,6 +151,7 @@ def summarise(
         baseline=steps[-1].baseline if steps else None,
         route=steps[-1].route if steps else "",
         exact_fraction=min((step.exact_fraction for step in steps), default=0.0),
+        leak="" if (leak := reported_leak(steps)) is None else str(leak),
         staleness_max=max((step.staleness.max for step in steps), default=0),
         interruptions=sum(worker.counters.interruptions for worker in workers),
         partials_continued=sum(worker.counters.partials_continued for worker in workers),
@@ -181,6 +185,7 @@ def as_text(summary: Summary) -> str:
         f"change, {summary.tokens_lost_to_interruptions} tokens lost; pause p50 {summary.pause_seconds_p50 * 1e3:.0f} ms, "
         f"p95 {summary.pause_seconds_p95 * 1e3:.0f} ms",
         f"  old logprobs   {summary.route}, exact fraction {summary.exact_fraction:.3f}",
+        *([f"  leak           {summary.leak}"] if summary.leak else []),
         f"  tokens         {tokens.generated:,} generated = {tokens.trained:,} trained + {sum(tokens.dropped.values()):,} "
         f"dropped ({dropped}) + {tokens.in_flight:,} in flight + {tokens.lost:,} lost in crashes: "
         + ("conserved" if tokens.holds else "NOT CONSERVED"),

@@ -83,7 +83,9 @@ def leak_cells(
     tokens = np.bincount(cell_N)
     rms = np.sqrt(np.bincount(cell_N, weights=log_discrepancy_N**2) / tokens)
     version, staleness, stretch = np.stack(np.unravel_index(distinct, tuple(spans))) + low
-    return tuple(map(LeakCell._make, zip(*(a.tolist() for a in (version, staleness, stretch, tokens, rms)), strict=True)))
+    return tuple(
+        map(LeakCell._make, zip(*(a.tolist() for a in (version, staleness, stretch, tokens, rms)), strict=True))
+    )
 
 
 def leak_verdict(cells: Sequence[LeakCell], *, differs: bool | None = None) -> LeakVerdict:
@@ -126,7 +128,9 @@ def leak_verdict(cells: Sequence[LeakCell], *, differs: bool | None = None) -> L
     return _judge(staleness_K[counts_K], relative_K[counts_K], error_K[counts_K], total_K[counts_K], differs)
 
 
-def _judge(staleness_K: Ints, relative_K: Floats, error_K: Floats, tokens_K: Floats, differs: bool | None) -> LeakVerdict:
+def _judge(
+    staleness_K: Ints, relative_K: Floats, error_K: Floats, tokens_K: Floats, differs: bool | None
+) -> LeakVerdict:
     of = [int(staleness) for staleness in staleness_K]
     relative_rms, error = dict(zip(of, relative_K.tolist(), strict=True)), dict(zip(of, error_K.tolist(), strict=True))
     if len(of) < 2:

@@ -62,9 +62,7 @@ class Thresholds:
     granularity: Granularity = "token"
 
 
-def step_diagnostics(
-    tokens: StepTokens, thresholds: Thresholds, *, center_of_mass: float | None = None
-) -> Diagnostics:
+def step_diagnostics(tokens: StepTokens, thresholds: Thresholds, *, center_of_mass: float | None = None) -> Diagnostics:
     """Diagnostics of one step; zeros and None where there is no token.
 
     A discrepancy is measured on tokens of exact sources alone: against any other reference, log r_d holds staleness as
@@ -107,7 +105,9 @@ def step_diagnostics(
     kept_M = _kept(log_discrepancy_M, trajectory_M, _segments(tokens)[trained_N], thresholds)
     positive_M = floats(tokens.advantages) >= 0
     high_M = positive_M & (log_staleness_M > math.log1p(thresholds.clip_high))
-    low_M = ~positive_M & (log_staleness_M < (math.log1p(-thresholds.clip_low) if thresholds.clip_low < 1 else -math.inf))
+    low_M = ~positive_M & (
+        log_staleness_M < (math.log1p(-thresholds.clip_low) if thresholds.clip_low < 1 else -math.inf)
+    )
     versions_R = _distinct_per_trajectory(trajectory_M, version_M)
     return Diagnostics(
         **counted,
@@ -134,7 +134,9 @@ def _kept(log_discrepancy_M: Floats, trajectory_M: Ints, segment_M: Ints, thresh
             log_rho_M = _group_mean(log_discrepancy_M, segment_M)
         case "sequence":
             log_rho_M = _group_mean(log_discrepancy_M, trajectory_M)
-    return np.asarray((log_rho_M >= _log(thresholds.discrepancy_low)) & (log_rho_M <= _log(thresholds.discrepancy_high)))
+    return np.asarray(
+        (log_rho_M >= _log(thresholds.discrepancy_low)) & (log_rho_M <= _log(thresholds.discrepancy_high))
+    )
 
 
 def _group_mean(value_M: Floats, group_M: Ints) -> Floats:
