@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from rljob_api.base import FrozenModel, WireMessage
+from rljob_api.diagnostics import AuditReport, Diagnostics
 from rljob_api.spec import Staleness
 from rljob_api.weights import Blob
 
@@ -418,6 +419,7 @@ class StepReport(WireMessage):
     seconds_eager: float = 0.0
     """Of the waiting: scoring ahead of the step."""
     seconds_scoring: float = 0.0
+    seconds_auditing: float = 0.0
     seconds_training: float = 0.0
     seconds_publishing: float = 0.0
     seconds_checkpointing: float = 0.0
@@ -430,4 +432,6 @@ class StepReport(WireMessage):
     barrier: BarrierReport | None = None
     """Where the route is Interruption."""
     finished_at: float = 0.0
+    diagnostics: Diagnostics | None = None
+    audit: AuditReport | None = None
     kind: Literal["StepReport"] = "StepReport"

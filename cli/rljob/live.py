@@ -11,11 +11,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from rljob.leak import reported_leak
 from rljob_api.messages import DedicatedReport, StepReport
 from rljob_protocol.coordinator import CoordinationSummary
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
+LEAK_STEPS = 200
+"""Last steps that the verdict on the leak is taken over: the view is drawn again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def _progress(view: LiveView, last: StepReport) -> Table:
         ),
         ("mask", f"keep {last.keep_fraction:.3f}, clip {last.clip_fraction:.3f}, active {last.active_fraction:.3f}"),
         ("old logprobs", f"{last.route}, exact {last.exact_fraction:.3f}"),
+        *_leak(view),
         (
             "interruptions",
             f"{totals.interruptions}, {totals.partials_continued:,} partials went on, {totals.tokens_salvaged:,} tokens "
@@ -110,6 +114,11 @@ def _progress(view: LiveView, last: StepReport) -> Table:
     for name, text in rows:
         table.add_row(Text(name, style="bold"), text)
     return table
+
+
+def _leak(view: LiveView) -> list[tuple[str, str]]:
+    verdict = reported_leak(view.steps, last=LEAK_STEPS)
+    return [] if verdict is None else [("leak", str(verdict))]
 
 
 def _staleness(last: StepReport) -> Table:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from rljob.leak import reported_leak
 from rljob_api.base import FrozenModel
 from rljob_api.messages import StepReport, WorkerPhase, WorkerState
 
@@ -50,6 +51,8 @@ class Summary(FrozenModel):
     """Share of the stale tokens that were scored ahead, at no cost on the critical path; None without a pool."""
     poolable_share: float | None = None
     """Upper bound of that share: those that arrived while their version was resident, or were scored ahead anyway."""
+    leak: str = ""
+    """Whether staleness leaks into the discrepancy mask, in words; empty where the steps report no diagnostics."""
     staleness_max: int
     interruptions: int
     partials_continued: int
@@ -155,6 +158,7 @@ def summarise(
         exact_fraction=min((step.exact_fraction for step in steps), default=0.0),
         pooled_share=_share_of_stale(steps, "pooled_tokens"),
         poolable_share=_share_of_stale(steps, "poolable_tokens"),
+        leak="" if (leak := reported_leak(steps)) is None else str(leak),
         staleness_max=max((step.staleness.max for step in steps), default=0),
         interruptions=sum(worker.counters.interruptions for worker in workers),
         partials_continued=sum(worker.counters.partials_continued for worker in workers),
@@ -188,6 +192,7 @@ def as_text(summary: Summary) -> str:
         f"change, {summary.tokens_lost_to_interruptions} tokens lost; pause p50 {summary.pause_seconds_p50 * 1e3:.0f} ms, "
         f"p95 {summary.pause_seconds_p95 * 1e3:.0f} ms",
         f"  old logprobs   {summary.route}, exact fraction {summary.exact_fraction:.3f}{_pool_text(summary)}",
+        *([f"  leak           {summary.leak}"] if summary.leak else []),
         f"  tokens         {tokens.generated:,} generated = {tokens.trained:,} trained + {sum(tokens.dropped.values()):,} "
         f"dropped ({dropped}) + {tokens.in_flight:,} in flight + {tokens.lost:,} lost in crashes: "
         + ("conserved" if tokens.holds else "NOT CONSERVED"),

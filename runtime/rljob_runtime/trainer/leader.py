@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
+from rljob_api.diagnostics import AuditReport, Diagnostics
 from rljob_api.errors import DeadlineExceeded, StorageError
 from rljob_api.messages import (
     CheckpointPointer,
@@ -280,6 +281,8 @@ class Leader:
         batch: TrainBatch,
         update: UpdateReport,
         ewma: EwmaReport | None,
+        audit: AuditReport | None,
+        diagnostics: Diagnostics,
         rate: float,
         seconds: Seconds,
     ) -> None:
@@ -296,6 +299,8 @@ class Leader:
             taken=taken,
             update=update,
             ewma=ewma,
+            audit=audit,
+            diagnostics=diagnostics,
             groups_without_variance=batch.groups_without_variance,
             tokens_trained=self._tokens_trained,
             totals=self._call(self._intake.totals()),

@@ -24,6 +24,8 @@ from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.score_pool import Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import Source
+from rljob_runtime.correction.step_diagnostics import step_diagnostics
+from rljob_runtime.trainer.audit import Auditor
 from rljob_runtime.trainer.batch import TrainBatch, broadcast_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, save_checkpoint
 from rljob_runtime.trainer.distributed import World, broadcast_bytes
@@ -36,6 +38,7 @@ from rljob_runtime.trainer.probe import make_probe
 from rljob_runtime.trainer.reporting import Seconds
 from rljob_runtime.trainer.shared_file import on_every_node
 from rljob_runtime.trainer.step_statistics import step_statistics
+from rljob_runtime.trainer.step_tokens import step_tokens, thresholds_of
 from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
 
 IDLE_SECONDS = 5.0
@@ -63,6 +66,7 @@ class Trainer:
         snapshots: SnapshotStore,
         average: AveragedPolicy | None,
         capacity: int | None,
+        auditor: Auditor,
         leader: Leader | None,
         checkpoint_root: Path,
         scratch: Path,
@@ -80,6 +84,7 @@ class Trainer:
         self._average = average
         snapshots.watch(optimizer)
         self._capacity = capacity
+        self._auditor = auditor
         self._leader = leader
         self._checkpoint_root = checkpoint_root
         self._scratch = scratch
@@ -138,6 +143,9 @@ class Trainer:
         self._reload_snapshots(batch)
         old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world, self._average)
         scored = time.monotonic()
+        exact = self._auditor.exact(batch, self._step)
+        audited = time.monotonic()
+        average = None if self._average is None else self._average.report()
         rate = learning_rate(self._spec.training, self._step)
         update = train_on(
             self._policy,
@@ -162,7 +170,7 @@ class Trainer:
         published = time.monotonic()
         if self._checkpoint_due():
             self._checkpoint()
-        seconds.scoring, seconds.training = scored - started, trained - scored
+        seconds.scoring, seconds.auditing, seconds.training = scored - started, audited - scored, trained - audited
         seconds.publishing, seconds.checkpointing = published - trained, time.monotonic() - published
         if self._leader is not None:
             self._leader.report(
@@ -171,6 +179,12 @@ class Trainer:
                 batch=batch,
                 update=update,
                 ewma=None if self._average is None else self._average.report(),
+                audit=self._auditor.report(batch, update, exact, average),
+                diagnostics=step_diagnostics(
+                    step_tokens(batch, update.records),
+                    thresholds_of(self._settings),
+                    center_of_mass=None if average is None else average.center_of_mass,
+                ),
                 rate=rate,
                 seconds=seconds,
             )

@@ -33,6 +33,7 @@ from rljob_runtime.model_source import materialise
 from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.termination import Termination
 from rljob_runtime.trainer.ahead import Ahead
+from rljob_runtime.trainer.audit import Auditor
 from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.barrier import BarrierKeeper
 from rljob_runtime.trainer.checkpoint import load_checkpoint
@@ -190,6 +191,14 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             snapshots=snapshots,
             average=average,
             capacity=room,
+            auditor=Auditor(
+                spec,
+                policy,
+                snapshots,
+                world,
+                fetch_version=lambda version: None if leader is None else leader.fetch_version(version),
+                scratch=settings.cache_dir / "audited",
+            ),
             leader=leader,
             checkpoint_root=settings.checkpoint_dir,
             scratch=settings.cache_dir / "versions",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rljob_api.diagnostics import AuditReport, Diagnostics
 from rljob_api.messages import BarrierReport, DedicatedReport, EwmaReport, PoolReport, StepReport
 from rljob_runtime.trainer.intake import IntakeTotals, Taken
 from rljob_runtime.trainer.update import UpdateReport
@@ -21,13 +22,14 @@ class Seconds:
     eager: float = 0.0
     """Of the waiting: scoring ahead. Not on the critical path, but for what is left of a forward when a batch gets ready."""
     scoring: float = 0.0
+    auditing: float = 0.0
     training: float = 0.0
     publishing: float = 0.0
     checkpointing: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.waiting + self.scoring + self.training + self.publishing + self.checkpointing
+        return self.waiting + self.scoring + self.auditing + self.training + self.publishing + self.checkpointing
 
 
 def step_report(
@@ -40,6 +42,8 @@ def step_report(
     taken: Taken,
     update: UpdateReport,
     ewma: EwmaReport | None,
+    audit: AuditReport | None,
+    diagnostics: Diagnostics,
     groups_without_variance: int,
     tokens_trained: int,
     totals: IntakeTotals,
@@ -69,6 +73,8 @@ def step_report(
         staleness=update.staleness,
         discrepancy_by_staleness=update.discrepancy_by_staleness,
         ewma=ewma,
+        audit=audit,
+        diagnostics=diagnostics,
         keep_fraction=update.keep_fraction,
         clip_fraction=update.clip_fraction,
         active_fraction=update.active_fraction,
@@ -84,6 +90,7 @@ def step_report(
         seconds_waiting=seconds.waiting,
         seconds_eager=seconds.eager,
         seconds_scoring=seconds.scoring,
+        seconds_auditing=seconds.auditing,
         seconds_training=seconds.training,
         seconds_publishing=seconds.publishing,
         seconds_checkpointing=seconds.checkpointing,
