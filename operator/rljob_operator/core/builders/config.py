@@ -21,19 +21,18 @@ _EVERYONE = ("model", "environment", "sampling", "correction", "messaging")
 
 def trainer_hash(spec: RLJobSpec) -> str:
     """Changes exactly when the trainer needs a new attempt."""
-    document = _as_sent(spec)
+    document = _as_meant(spec)
     return hash_of({field: document.get(field) for field in (*_EVERYONE, "storage", "training", "trainer")})
 
 
 def pool_hash(spec: RLJobSpec, pool: str) -> str:
     """Changes exactly when the pool's pods must be replaced."""
-    document = _as_sent(spec)
-    training = document["training"]
+    document = _as_meant(spec)
     used = {field: document.get(field) for field in _EVERYONE}
-    used |= {"weights": document["storage"].get("weights"), "computeType": training["computeType"]}
+    used |= {"weights": document.get("storage", {}).get("weights"), "computeType": spec.training.compute_type.value}
     if pool == names.OLD_POLICY_POOL:
         own = document["oldPolicyPool"]
-        used |= {"tokensPerMicroBatch": training["tokensPerMicroBatch"]}  # it scores in the trainer's portions
+        used |= {"tokensPerMicroBatch": spec.training.tokens_per_micro_batch}  # it scores in the trainer's portions
     else:
         own = next(item for item in document["rolloutPools"] if item["name"] == pool)
     kept = {key: value for key, value in own.items() if key not in ("replicas", "minReplicas")}
@@ -64,4 +63,10 @@ def config_map(observed: Observed, spec: RLJobSpec, name: str, *, pool: str, att
 
 def _as_sent(spec: RLJobSpec) -> dict[str, Any]:
     document: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return document
+
+
+def _as_meant(spec: RLJobSpec) -> dict[str, Any]:
+    """What differs from the defaults: a field that a newer operator knows, left at its default, changes no hash."""
+    document: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return document
