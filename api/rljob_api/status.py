@@ -67,6 +67,20 @@ class TokenCounts(StatusPart):
 class CorrectionStatus(StatusPart):
     route: OldLogprobs | None = Field(default=None, description="Where old log-probabilities come from.")
     exact_fraction: Decimal | None = Field(default=None, description="Share of trained tokens with an exact one.")
+    keep_fraction: Decimal | None = Field(
+        default=None, description="Share of the last step's tokens that the discrepancy mask kept."
+    )
+    clip_fraction: Decimal | None = Field(
+        default=None, description="Share of the last step's tokens that PPO's clip stopped."
+    )
+    pooled_fraction: Decimal | None = Field(
+        default=None,
+        description="Share of the last step's stale tokens that were scored ahead, at no cost on its critical path.",
+    )
+    leak: Decimal | None = Field(
+        default=None,
+        description="Of the last audit: RMS difference between the old log-probabilities used and the exact ones, in nats.",
+    )
     interruptions: Count = Field(default=0, description="Trajectories interrupted by a new version and continued.")
     tokens: TokenCounts = Field(default_factory=TokenCounts, description="What became of the model tokens.")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel
 
 from rljob_api.conditions import Condition, condition_of, set_condition
+from rljob_api.messages import StepReport
 from rljob_api.names import OLD_POLICY_POOL, TRAINER_POOL, pool_name
 from rljob_api.reasons import ConditionType, Reason
 from rljob_api.spec import RLJobSpec
@@ -220,6 +221,10 @@ def _correction(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> Cor
     return CorrectionStatus(
         route=spec.correction.old_logprobs,
         exact_fraction=f"{step.exact_fraction:.3f}",
+        keep_fraction=f"{step.keep_fraction:.3f}",
+        clip_fraction=f"{step.clip_fraction:.3f}",
+        pooled_fraction=_pooled(step),
+        leak=status.correction.leak if step.audit is None else f"{step.audit.leak_rms:.7f}",
         interruptions=interruptions,
         tokens=TokenCounts(
             trained=step.tokens_trained,
@@ -228,6 +233,11 @@ def _correction(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> Cor
             lost=lost,
         ),
     )
+
+
+def _pooled(step: StepReport) -> str | None:
+    pool = step.pool
+    return None if pool is None or pool.stale_tokens == 0 else f"{pool.pooled_tokens / pool.stale_tokens:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------- conditions of the parts
