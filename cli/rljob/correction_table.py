@@ -71,7 +71,9 @@ def _clip_sides(run: ReportedRun) -> str:
 
 def _rms_by_staleness(run: ReportedRun) -> str:
     pooled = plots.pooled_discrepancy(run.steps)
-    return " · ".join(f"{n}:{NO_BREAK}{stats.rms_log_discrepancy:.1e}" for n, stats in sorted(pooled.items())) or NOTHING
+    return (
+        " · ".join(f"{n}:{NO_BREAK}{stats.rms_log_discrepancy:.1e}" for n, stats in sorted(pooled.items())) or NOTHING
+    )
 
 
 def _largest(run: ReportedRun) -> str:

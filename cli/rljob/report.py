@@ -77,7 +77,11 @@ PLOTS: tuple[tuple[str, str, Callable[[Sequence[PlottedRun]], str]], ...] = (
         "intervals: flat is clean, rising means that staleness leaks into the mask, a V is an average of weights.",
         route_plots.leak,
     ),
-    ("Discrepancy over steps", "The same for each step.", plots.discrepancy_over_steps),
+    (
+        "Discrepancy over steps",
+        "RMS and largest size of log r_d, for each step and staleness.",
+        plots.discrepancy_over_steps,
+    ),
     ("Sources", "Where the old log-probabilities came from: blue and green are exact.", route_plots.sources),
     ("Cost", "What a step's time went to, means over the run; waiting is the trainer's idle time.", route_plots.cost),
     ("Tokens", "Model tokens trained, and dropped by the trainer with the reason.", plots.tokens),
