@@ -10,12 +10,14 @@ from statistics import mean
 
 from rljob import plots
 from rljob.plots import PHASES
+from rljob.record import EXACT_SOURCES
 from rljob.report_tables import ReportedRun, escaped, table, table_row
-from rljob.route_plots import EXACT, mean_seconds, source_shares
+from rljob.route_plots import mean_seconds, source_shares
 from rljob_api.diagnostics import AuditReport, Diagnostics, Divergence
 from rljob_runtime.correction.audit import pool_audits
 
 NOTHING = "–"
+NO_BREAK = "\u00a0"
 
 
 def correction_table(runs: Sequence[ReportedRun]) -> str:
@@ -35,10 +37,7 @@ def correction_table(runs: Sequence[ReportedRun]) -> str:
         ),
         ("Tokens by source", _sources),
         ("… exact, of the trained", _exact_share),
-        *[
-            (f"Step: {name}", lambda run, field=field: _cost(run, field))  # type: ignore[misc]
-            for name, field, _ in PHASES
-        ],
+        *[(f"Step: {name}", lambda run, field=field: _cost(run, field)) for name, field, _ in PHASES],
         ("Step, seconds", lambda run: f"{mean_seconds(run.steps, 'seconds_total'):.3f}"),
         ("Engine against trainer, exact tokens: KL (k3)", _divergence("discrepancy", lambda d: f"{d.kl_k3:.2e}")),
         ("… p99 of |log r_d|", _divergence("discrepancy", lambda d: f"{d.p99_abs:.2e}")),
@@ -72,7 +71,9 @@ def _clip_sides(run: ReportedRun) -> str:
 
 def _rms_by_staleness(run: ReportedRun) -> str:
     pooled = plots.pooled_discrepancy(run.steps)
-    return " · ".join(f"{n}: {stats.rms_log_discrepancy:.1e}" for n, stats in sorted(pooled.items())) or NOTHING
+    return (
+        " · ".join(f"{n}:{NO_BREAK}{stats.rms_log_discrepancy:.1e}" for n, stats in sorted(pooled.items())) or NOTHING
+    )
 
 
 def _largest(run: ReportedRun) -> str:
@@ -83,14 +84,14 @@ def _largest(run: ReportedRun) -> str:
 
 
 def _sources(run: ReportedRun) -> str:
-    return ", ".join(f"{name} {share:.1%}" for name, share in source_shares(run.steps).items()) or NOTHING
+    return " · ".join(f"{name}{NO_BREAK}{share:.1%}" for name, share in source_shares(run.steps).items()) or NOTHING
 
 
 def _exact_share(run: ReportedRun) -> str:
     shares = {name: share for name, share in source_shares(run.steps).items() if name != "missing"}
     if not shares:
         return NOTHING
-    return f"{sum(share for name, share in shares.items() if name in EXACT) / sum(shares.values()):.4f}"
+    return f"{sum(share for name, share in shares.items() if name in EXACT_SOURCES) / sum(shares.values()):.4f}"
 
 
 def _cost(run: ReportedRun, field: str) -> str:

@@ -87,7 +87,8 @@ def fractions(runs: Sequence[PlottedRun]) -> str:
         for place, (title, value) in zip(figure.subplots(1, 3), panels, strict=True):
             for run, color in colored(runs):
                 x, y = curve(run, value)
-                place.plot(x, y, color=color, label=run.name, linewidth=1.2)
+                place.plot(x, y, color=color, alpha=0.2, linewidth=0.6)
+                place.plot(x, smooth(y), color=color, label=run.name, linewidth=1.2)
             low, high = place.get_ylim()
             # Three shares that hardly move: without a floor on the range rounding noise fills the panel.
             middle, half = (low + high) / 2, max((high - low) / 2, 0.01)

@@ -31,8 +31,8 @@ body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: #
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; }
 h1 { font-size: 22px; margin: 0; } h2 { font-size: 16px; margin: 40px 0 12px; }
 p.sub, figcaption, .note { color: var(--soft); margin: 4px 0 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 20px; align-items: start; }
-figure { margin: 0; padding: 14px 16px; border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
+.grid { columns: 2 480px; column-gap: 20px; }
+figure { margin: 0 0 20px; break-inside: avoid; padding: 14px 16px; border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
 figure h3 { font-size: 14px; margin: 0 0 2px; } figcaption { font-size: 12.5px; margin-bottom: 8px; }
 figure svg { display: block; width: 100%; height: auto; }
 .wide { overflow-x: auto; }
@@ -45,7 +45,8 @@ th:first-child, td:first-child { text-align: left; } td.text { text-align: left;
 .tile b { display: block; font-size: 20px; } .tile span { color: var(--soft); font-size: 12.5px; }
 .good { color: #047857; } .bad { color: #b91c1c; font-weight: 600; }
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
-@media (max-width: 600px) { .grid { grid-template-columns: minmax(0, 1fr); } }
+.compared td + td { white-space: normal; overflow-wrap: anywhere; min-width: 110px; max-width: 300px; vertical-align: top; }
+@media (max-width: 600px) { .grid { columns: 1; } }
 """
 
 PLOTS: tuple[tuple[str, str, Callable[[Sequence[PlottedRun]], str]], ...] = (
@@ -76,7 +77,11 @@ PLOTS: tuple[tuple[str, str, Callable[[Sequence[PlottedRun]], str]], ...] = (
         "intervals: flat is clean, rising means that staleness leaks into the mask, a V is an average of weights.",
         route_plots.leak,
     ),
-    ("Discrepancy over steps", "The same for each step.", plots.discrepancy_over_steps),
+    (
+        "Discrepancy over steps",
+        "RMS and largest size of log r_d, for each step and staleness.",
+        plots.discrepancy_over_steps,
+    ),
     ("Sources", "Where the old log-probabilities came from: blue and green are exact.", route_plots.sources),
     ("Cost", "What a step's time went to, means over the run; waiting is the trainer's idle time.", route_plots.cost),
     ("Tokens", "Model tokens trained, and dropped by the trainer with the reason.", plots.tokens),
@@ -118,6 +123,7 @@ def render(runs: Sequence[ReportedRun]) -> str:
         for name, caption, draw in PLOTS
     )
     head = _one_run(runs[0]) if len(runs) == 1 else _several(runs)
+    correction = f"<h2>Correction</h2>\n{correction_table(runs)}\n"  # first where runs are compared
     tables = "\n".join(
         f"<h2>Workers{'' if len(runs) == 1 else ' of ' + escaped(run.label)}</h2>{worker_table(run)}" for run in runs
     )
@@ -125,9 +131,9 @@ def render(runs: Sequence[ReportedRun]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escaped(title)} – rljob report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escaped(title)}</h1>\n{head}\n{''.join(_leak(run) for run in runs)}\n<h2>Curves</h2>\n"
-        f'<div class="grid">\n{figures}\n</div>\n<h2>Correction</h2>\n{correction_table(runs)}\n'
-        f"<h2>Summary</h2>\n{summary_table(runs)}\n{tables}\n</body>\n</html>\n"
+        f"<h1>{escaped(title)}</h1>\n{head}\n{''.join(_leak(run) for run in runs)}\n"
+        f'{correction if len(runs) > 1 else ""}<h2>Curves</h2>\n<div class="grid">\n{figures}\n</div>\n'
+        f"{correction if len(runs) == 1 else ''}<h2>Summary</h2>\n{summary_table(runs)}\n{tables}\n</body>\n</html>\n"
     )
 
 
@@ -182,11 +188,10 @@ def _leak(run: ReportedRun) -> str:
     """One sentence on whether the discrepancy ratio depends on staleness."""
     leak = run.leak
     if isinstance(leak, str):
-        said = f"whether staleness leaks into log r_d was not tested: {leak}"
-        if run.verdict is None:
-            return f'<p class="note">{escaped(run.label)}: {escaped(said)}.</p>'
-        found = run.verdict.shape in (Shape.RISING, Shape.VALLEY)
-        said = f"{said}. By the steps' own reports: {run.verdict}."
+        found, said = False, f"whether staleness leaks into log r_d was not tested: {leak}."
+        if run.verdict is not None:
+            found = run.verdict.shape in (Shape.RISING, Shape.VALLEY)
+            said = f"RMS of log r_d by the steps' own reports: {run.verdict}. Not tested on the record: {leak}."
         return f'<p class="{"bad" if found else "note"}">{escaped(run.label)}: {escaped(said)}</p>'
     said = (
         f"RMS of log r_d varies by {leak.effect:.1%} with staleness among tokens of like position and training phase, "

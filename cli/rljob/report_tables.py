@@ -125,7 +125,7 @@ def swatch(index: int) -> str:
 def table(runs: Sequence[ReportedRun], body: str) -> str:
     """Rows under the runs' names."""
     heads = "".join(f"<th>{swatch(i) if len(runs) > 1 else ''}{escaped(run.label)}</th>" for i, run in enumerate(runs))
-    return f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="compared"><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def table_row(name: str, cells: Sequence[str]) -> str:

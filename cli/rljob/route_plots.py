@@ -10,23 +10,24 @@ from matplotlib.axes import Axes
 
 from rljob.drawing import WIDTH, PlottedRun, colored, legend, single, svg
 from rljob.plots import PHASES
+from rljob.record import EXACT_SOURCES
 from rljob_api.messages import StepReport
 from rljob_runtime.correction.leak import TOLERANCE
 
 EXACT_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#7fcdbb", "#0b3c5d")
 OTHER_COLORS = ("#d55e00", "#e69f00", "#cc79a7", "#8c564b", "#f0c987")
 """Warm: what is not the old policy."""
-EXACT = ("resident", "pool", "snapshot", "dedicated", "barrier", "interruption")
 MISSING_COLOR = "#9ca3af"
 
 
 def sources(runs: Sequence[PlottedRun]) -> str:
     """Where the old log-probabilities of all trained tokens came from, a bar for each run."""
     shares = [source_shares(run.steps) for run in runs]
-    names = sorted({name for of_run in shares for name in of_run}, key=lambda name: (name not in EXACT, name))
+    names = sorted({name for of_run in shares for name in of_run}, key=lambda name: (name not in EXACT_SOURCES, name))
     exact, other = iter(EXACT_COLORS * 4), iter(OTHER_COLORS * 4)
     colors = {
-        name: MISSING_COLOR if name == "missing" else next(exact) if name in EXACT else next(other) for name in names
+        name: MISSING_COLOR if name == "missing" else next(exact) if name in EXACT_SOURCES else next(other)
+        for name in names
     }
     return _bars(
         "sources", runs, [[of_run.get(name, 0.0) for name in names] for of_run in shares], colors, "share of tokens"
@@ -66,14 +67,16 @@ def leak(runs: Sequence[PlottedRun]) -> str:
 
 
 def source_shares(steps: Sequence[StepReport]) -> Mapping[str, float]:
-    """Share of each source of all trainable tokens, `missing` included, over all steps."""
+    """Share of each source of all trainable tokens over all steps; `missing` comes last."""
     tokens: Counter[str] = Counter()
+    missing = 0
     for step in steps:
         of_step = {name: stats.tokens for name, stats in step.sources.items()}
         tokens.update(of_step)
         share = 0.0 if step.diagnostics is None else step.diagnostics.missing_share
         if 0 < share < 1:
-            tokens["missing"] += round(sum(of_step.values()) * share / (1 - share))
+            missing += round(sum(of_step.values()) * share / (1 - share))
+    tokens["missing"] = missing
     total = sum(tokens.values())
     return {name: count / total for name, count in tokens.items() if count}
 

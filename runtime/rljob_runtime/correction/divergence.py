@@ -5,6 +5,8 @@ Shapes: N tokens, flat. Sources of the formulas: docs/algorithms.md, section Dia
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,7 +32,7 @@ def divergence(log_ratio_N: Floats, trajectory_N: Ints) -> Divergence | None:
         return None
     counts = np.bincount(trajectory_N)
     present = counts > 0
-    sum_R = np.bincount(trajectory_N, weights=log_ratio_N)[present]
+    sum_R: Floats = np.bincount(trajectory_N, weights=log_ratio_N)[present].astype(np.float64)
     mean_R = sum_R / counts[present]
     vetoed_R = np.bincount(trajectory_N, weights=log_ratio_N < np.log(VETO_WEIGHT))[present] > 0
     weight_N = _exp(log_ratio_N)
@@ -51,7 +53,7 @@ def divergence(log_ratio_N: Floats, trajectory_N: Ints) -> Divergence | None:
         chi2_trajectory=float(np.expm1(_bounded(2 * sum_R)).mean()),
         effective_sample_share=weight_mean**2 / square_mean,
         perplexity_gap=gap,
-        perplexity_ratio=float(_exp(np.float64(gap))),
+        perplexity_ratio=math.exp(max(-MAX_EXPONENT, min(gap, MAX_EXPONENT))),
         weight_mean=weight_mean,
         weight_std=float(weight_N.std()),
         weight_max=float(weight_N.max()),

@@ -99,9 +99,11 @@ def leak_verdict(cells: Sequence[LeakCell], *, differs: bool | None = None) -> L
         cells: of the reports of a run.
         differs: what a test with more to go on found (`diagnostics.flatness_test` on a record); unset, the cells decide.
     """
-    version_C, staleness_C, position_C, tokens_C, rms_C = (
-        np.asarray(column, kind) for column, kind in zip(_columns(cells), (*[np.int64] * 4, np.float64), strict=True)
+    version_C, staleness_C, position_C, count_C = (
+        np.array([cell[field] for cell in cells], np.int64) for field in range(4)
     )
+    tokens_C: Floats = count_C.astype(np.float64)
+    rms_C = np.array([cell.rms for cell in cells], np.float64)
     square_C = tokens_C * (rms_C**2 + RMS_FLOOR**2)
     stratum_C = _numbered(np.stack([version_C, position_C], axis=1))
     useful_C = _mixed(stratum_C, staleness_C)
@@ -110,7 +112,7 @@ def leak_verdict(cells: Sequence[LeakCell], *, differs: bool | None = None) -> L
     staleness_K, label_C = np.unique(staleness_C[useful_C], return_inverse=True)
     _, version_C = np.unique(version_C[useful_C], return_inverse=True)
     stratum_C = np.unique(stratum_C[useful_C], return_inverse=True)[1]
-    tokens_C, square_C = tokens_C[useful_C].astype(np.float64), square_C[useful_C]
+    tokens_C, square_C = tokens_C[useful_C], square_C[useful_C]
 
     factor_K, level_C = _fit(tokens_C, square_C, stratum_C, label_C)
     residual_C = square_C / level_C - factor_K[label_C] * tokens_C
@@ -173,10 +175,6 @@ def _minimum(staleness_K: Ints, relative_K: Floats, tokens_K: Floats) -> float:
     if square <= 0:
         return lowest
     return float(np.clip(-slope / (2 * square), staleness_K[0], staleness_K[-1]))
-
-
-def _columns(cells: Sequence[LeakCell]) -> Sequence[Sequence[float]]:
-    return list(zip(*cells, strict=True)) or [()] * len(LeakCell._fields)
 
 
 def _numbered(rows: Ints) -> Ints:

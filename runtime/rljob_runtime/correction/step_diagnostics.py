@@ -90,10 +90,10 @@ def step_diagnostics(tokens: StepTokens, thresholds: Thresholds, *, center_of_ma
         return Diagnostics(**counted, center_of_mass=center_of_mass)
 
     def ints(values: NDArray[np.integer]) -> Ints:
-        return np.asarray(values)[trained_N].astype(np.int64)
+        return np.asarray(values[trained_N], np.int64)
 
     def floats(values: NDArray[np.floating]) -> Floats:
-        return np.asarray(values)[trained_N].astype(np.float64)
+        return np.asarray(values[trained_N], np.float64)
 
     source_M, trajectory_M, version_M = ints(source_N), ints(tokens.trajectory), ints(tokens.weight_version)
     staleness_M = ints(tokens.staleness)
@@ -156,21 +156,20 @@ def _position(trajectory_N: NDArray[np.integer]) -> Ints:
     """Place of each token in its row [N]."""
     place_N = np.arange(len(trajectory_N))
     starts_N = np.concatenate([[True], np.diff(trajectory_N) != 0])
-    return place_N - place_N[starts_N][np.cumsum(starts_N) - 1]
+    return np.asarray(place_N - place_N[starts_N][np.cumsum(starts_N) - 1], np.int64)
 
 
 def _distinct_per_trajectory(trajectory_M: Ints, version_M: Ints) -> Ints:
     """Number of different versions of each trajectory that has a token."""
     span = int(version_M.max()) - int(version_M.min()) + 1
     pairs = np.unique(trajectory_M * span + version_M - version_M.min())
-    counts = np.bincount(pairs // span)
-    return counts[counts > 0]
+    return np.unique(pairs // span, return_counts=True)[1]
 
 
 def _share_by_source(selected_M: Bools, source_M: Ints, names: Sequence[str]) -> dict[str, float]:
     counts = np.bincount(source_M)
     selected = np.bincount(source_M, weights=selected_M)
-    return {names[code]: float(selected[code] / counts[code]) for code in np.flatnonzero(counts)}
+    return {names[code]: float(selected[code] / counts[code]) for code in np.flatnonzero(counts).tolist()}
 
 
 def _log(bound: float) -> float:

@@ -4,7 +4,7 @@ import io
 from dataclasses import replace
 
 from rich.console import Console
-from tests.unit.cli.synthetic import report, worker
+from tests.unit.cli.synthetic import leaking, report, worker
 
 from rljob.live import LiveView, plain_line, render, sparkline
 from rljob_api.messages import DedicatedReport, PublishedVersion, WorkerPhase
@@ -88,3 +88,10 @@ def test_a_sparkline_is_as_wide_as_its_values_up_to_its_bound_and_clamps() -> No
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([-1.0, 2.0]) == "▁█"
     assert len(sparkline([0.3] * 1000)) == 60
+
+
+def test_the_view_says_in_one_line_whether_staleness_leaks() -> None:
+    steps = tuple(report(step, reward=0.1, diagnostics=leaking(step, rising=0.5)) for step in range(1, 31))
+    text = text_of(LiveView("toy", 40, steps, coordination(), 30.0))
+    assert "leak           rises with staleness: staleness leaks into the discrepancy mask" in text
+    assert "leak  " not in text_of(LiveView("toy", 40, (report(1),), coordination(), 30.0))
