@@ -11,14 +11,14 @@ import pytest
 
 from rljob.run_directory import RunDirectory
 from rljob_api.messages import StepReport
-from tests.e2e.running import children_of, job, processes_naming, run, started, summary, wait_for_steps
+from tests.e2e.running import children_of, job, processes_naming, started, summary, wait_for_steps
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 STEPS = 10
 
 
-def dedicated(timeout_seconds: float = 120.0, **changes: Any) -> dict[str, Any]:
+def dedicated(timeout_seconds: float = 600.0, **changes: Any) -> dict[str, Any]:
     return job(
         training__steps=STEPS,
         correction={"oldLogprobs": "Dedicated", "fallback": "Drop", "dedicatedTimeoutSeconds": timeout_seconds},
@@ -72,15 +72,24 @@ def test_a_dedicated_run_is_exact_and_its_record_verifies_also_when_the_worker_i
     assert processes_naming(str(tmp_path)) == []
 
 
-def test_with_fallback_drop_and_an_impossible_timeout_late_tokens_are_counted_and_nothing_else_is_lost(
+def test_with_fallback_drop_an_impossible_timeout_and_a_worker_that_hangs_late_tokens_are_counted_and_nothing_else_is_lost(
     tmp_path: Path,
 ) -> None:
-    code, output = run(tmp_path, dedicated(timeout_seconds=0.001), "--run-dir", str(tmp_path / "run"))
+    run_directory = tmp_path / "run"
+    with started(tmp_path, dedicated(timeout_seconds=0.001), "--run-dir", str(run_directory)) as process:
+        wait_for_steps(run_directory, 3, timeout=150)
+        worker = old_policy_worker(process.pid)
+        assert worker is not None
+        os.kill(worker, signal.SIGSTOP)
+        wait_for_steps(run_directory, STEPS - 1)
+        os.kill(worker, signal.SIGCONT)
+        code = process.wait(150)
+    output = (tmp_path / "output.txt").read_text()
     assert code == 0, output
-    steps = steps_of(tmp_path / "run")
+    steps = steps_of(run_directory)
     late = sum(step.dedicated.tokens_late for step in steps if step.dedicated is not None)
     assert late > 0
-    seen = summary(tmp_path / "run")
+    seen = summary(run_directory)
     assert seen["finished"] is True
     assert seen["conservation"]["dropped"]["MissingOldLogprob"] == late
     assert seen["conservation"]["problems"] == []

@@ -322,7 +322,7 @@ class Leader:
         )
 
     def _pool_report(self, batch: TrainBatch, taken: Taken) -> PoolReport | None:
-        if self._ahead is None:
+        if self._ahead is None or self._dedicated is not None:  # the latter has a report of its own
             return None
         discarded, num_bytes = self._call(self._ahead.totals())
         return pool_report(batch, taken.ahead, discarded=discarded, num_bytes=num_bytes)
