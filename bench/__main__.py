@@ -15,7 +15,15 @@ from pathlib import Path
 
 from bench.measure import Figure, Range, machine, ranges
 
-BENCHES = ("chunked_logprobs", "ewma_step", "pause", "worker_throughput", "async_over_sync")
+BENCHES = (
+    "chunked_logprobs",
+    "snapshots",
+    "ewma_step",
+    "diagnostics",
+    "pause",
+    "worker_throughput",
+    "async_over_sync",
+)
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 

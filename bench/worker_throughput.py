@@ -24,7 +24,7 @@ from rljob_api.messages import Task
 from rljob_api.spec import Model, RandomModel
 from rljob_runtime.environments.factory import make_environment
 from rljob_runtime.model_source import materialise
-from rljob_runtime.rollout.engine import Generation, GenerationRequest
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, Progress
 from rljob_runtime.rollout.environment_threads import EnvironmentThreads
 from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings, run_episode
 from rljob_runtime.rollout.gate import Gate
@@ -60,9 +60,9 @@ class Recording:
         self._engine = engine
         self.requests: dict[str, list[GenerationRequest]] = {}
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
         self.requests.setdefault(request.request_id.rsplit("-", 3)[0], []).append(request)
-        return await self._engine.generate(request)
+        return await self._engine.generate(request, progress)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

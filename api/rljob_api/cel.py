@@ -11,7 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rljob_api.rules import BYTES_PER_TOKEN, HEADER_BYTES, JOB_NAME_CHARACTERS, POOL_NAME_CHARACTERS, TRAINER
+from rljob_api.model_size import BYTES_PER_ELEMENT, SPECIAL_TOKENS, VOCABULARY_MULTIPLE
+from rljob_api.names import OLD_POLICY_POOL, TRAINER_POOL
+from rljob_api.rules import BYTES_PER_TOKEN, HEADER_BYTES, JOB_NAME_CHARACTERS, POOL_NAME_CHARACTERS, RESERVED_POOLS
+from rljob_api.spec import ComputeType
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,24 @@ def _empty(field: str) -> Cel:
 
 
 _LARGEST_TRAJECTORY = f"({BYTES_PER_TOKEN} * self.sampling.maxTrajectoryTokens + {HEADER_BYTES})"
+
+
+def _parameters(model: str) -> str:
+    """`model_size.number_of_parameters`, in floating point: exact, for a model has less than 2^53."""
+    hidden, head = f"double({model}.hiddenSize)", f"double({model}.headDim)"
+    groups = f"(has({model}.keyValueHeads) ? {model}.keyValueHeads : {model}.heads)"
+    filled = f"(size({model}.alphabet) + {SPECIAL_TOKENS + VOCABULARY_MULTIPLE - 1}) / {VOCABULARY_MULTIPLE}"
+    attention = f"2.0 * {hidden} * {head} * (double({model}.heads) + double{groups})"
+    feed_forward = f"3.0 * {hidden} * double({model}.intermediateSize)"
+    norms = f"2.0 * {hidden} + ({model}.architecture == 'Qwen3' ? 2.0 * {head} : 0.0)"
+    embeddings = f"({model}.tiedEmbeddings ? 1.0 : 2.0) * double({filled} * {VOCABULARY_MULTIPLE}) * {hidden}"
+    return f"({embeddings} + double({model}.layers) * ({attention} + {feed_forward} + {norms}) + {hidden})"
+
+
+def _bytes_per_element(compute_type: str) -> str:
+    single, half = (float(BYTES_PER_ELEMENT[kind]) for kind in (ComputeType.FLOAT32, ComputeType.BFLOAT16))
+    return f"({compute_type} == '{ComputeType.FLOAT32}' ? {single} : {half})"
+
 
 CEL: dict[str, Cel] = {
     # The root sees no other metadata than the name.
@@ -98,12 +119,30 @@ CEL: dict[str, Cel] = {
     "resident-is-synchronous": Cel(
         "self.correction.oldLogprobs != 'Resident' || self.staleness.maxVersions == 0", "correction.oldLogprobs"
     ),
+    "snapshots-fit-memory": Cel(
+        "self.correction.oldLogprobs != 'Snapshot' || self.correction.snapshots.spill"
+        " || !has(self.correction.snapshots.memoryBytes) || !has(self.model.random)"
+        f" || double(self.staleness.maxVersions + 1) * {_bytes_per_element('self.training.computeType')}"
+        f" * {_parameters('self.model.random')} <= double(self.correction.snapshots.memoryBytes)"
+        " * double(self.trainer.replicas) * double(self.trainer.processesPerReplica)",
+        "correction.snapshots.memoryBytes",
+    ),
+    "dedicated-has-a-pool": Cel(
+        "self.correction.oldLogprobs != 'Dedicated' || has(self.oldPolicyPool)",
+        "oldPolicyPool",
+        reason="FieldValueRequired",
+    ),
+    "old-policy-pool-is-used": Cel(
+        "!has(self.oldPolicyPool) || self.correction.oldLogprobs == 'Dedicated'", "oldPolicyPool"
+    ),
+    "ewma-decay-or-window": Cel("!has(self.decay) || !has(self.window)", "window"),
     "pool-name": Cel(_label("self.name", POOL_NAME_CHARACTERS), "name"),
-    "pool-name-is-free": Cel(f"self.name != '{TRAINER}'", "name"),
+    "pool-name-is-free": Cel(" && ".join(f"self.name != '{name}'" for name in RESERVED_POOLS), "name"),
     "minimum-is-within-replicas": Cel("!has(self.replicas) || self.minReplicas <= self.replicas", "minReplicas"),
     "failure-rules-name-pools": Cel(
         "!has(self.failurePolicy.rules) || self.failurePolicy.rules.all(rule, !has(rule.pools) || rule.pools.all(name, "
-        f"name == '{TRAINER}' || self.rolloutPools.exists(pool, pool.name == name)))",
+        f"name == '{TRAINER_POOL}' || name == '{OLD_POLICY_POOL}' && has(self.oldPolicyPool)"
+        " || self.rolloutPools.exists(pool, pool.name == name)))",
         "failurePolicy.rules",
     ),
     "unique-failure-rule-names": Cel(
@@ -136,6 +175,9 @@ WITHOUT_CEL: dict[str, str] = {
     "rollout-template-owned-fields": _TEMPLATE,
     "rollout-template-containers": "The schema holds it.",
     "rollout-template-container-names": f"{_LIST_MAP} Init containers: {_TEMPLATE}",
+    "old-policy-template-owned-fields": _TEMPLATE,
+    "old-policy-template-containers": "The schema holds it.",
+    "old-policy-template-container-names": f"{_LIST_MAP} Init containers: {_TEMPLATE}",
 }
 """Rules that the apiserver has in another form than an expression, or not at all, and why."""
 

@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from pydantic import JsonValue
 
 from rljob_api.extensions import MAX_CONTAINER_NAME, MAX_CONTAINERS
+from rljob_api.names import OLD_POLICY_CONTAINER, ROLLOUT_CONTAINER, TRAINER_CONTAINER
 from rljob_api.pools import PodTemplate
 from rljob_api.rule import Finding, Rule
-from rljob_api.rules import TRAINER
 from rljob_api.spec import RLJobSpec
-
-ROLLOUT = "rollout"
-"""Name of the runtime's container in a rollout pod; in a trainer pod it is `trainer`."""
 
 _OWNED_FIELDS = ("command", "args", "livenessProbe", "readinessProbe", "startupProbe")
 _OWNED_PREFIX = "RLJOB_"
@@ -114,6 +111,7 @@ CLUSTER_RULES: tuple[Rule, ...] = (
         "Name a claim, or set failurePolicy.maxRestarts to 0.",
         _restarts_keep_checkpoints,
     ),
-    *_template_rules("trainer", "spec.trainer.template", TRAINER),
-    *_template_rules("rollout", "spec.rolloutPools[*].template", ROLLOUT),
+    *_template_rules("trainer", "spec.trainer.template", TRAINER_CONTAINER),
+    *_template_rules("rollout", "spec.rolloutPools[*].template", ROLLOUT_CONTAINER),
+    *_template_rules("old-policy", "spec.oldPolicyPool.template", OLD_POLICY_CONTAINER),
 )

@@ -27,7 +27,9 @@ class PodCondition(FrozenModel):
 class FailureRule(FrozenModel):
     name: str = Field(min_length=1, max_length=63, description="Name of the rule, shown in events.")
     pools: tuple[Annotated[str, Field(max_length=63)], ...] = Field(
-        default=(), max_length=17, description="Pools the rule looks at (`trainer` or a rollout pool); empty is all."
+        default=(),
+        max_length=18,
+        description="Pools the rule looks at: `trainer`, `old-policy`, or a rollout pool; empty is all.",
     )
     on_reasons: tuple[Annotated[str, Field(max_length=128)], ...] = Field(
         default=(), max_length=64, description="Failure reasons that match."

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from rljob_api.base import FrozenModel, WireMessage
+from rljob_api.diagnostics import AuditReport, Diagnostics
 from rljob_api.spec import Staleness
 from rljob_api.weights import Blob
 
@@ -105,6 +106,7 @@ class WorkerPhase(StrEnum):
     STARTING = "Starting"  # engine not up yet, or no version loaded yet
     SERVING = "Serving"  # gate open
     SWAPPING = "Swapping"  # gate shut: abort, apply, probe
+    HELD = "Held"  # gate shut: a barrier holds, or the trainer is silent (interruption route)
     POISONED = "Poisoned"  # apply or probe failed; the process is about to restart
     DRAINING = "Draining"  # told to stop; partials are being handed over or counted
     STOPPED = "Stopped"  # last write of this incarnation
@@ -127,12 +129,18 @@ class WorkerCounters(FrozenModel):
     """Model tokens lost to interruptions; stays 0 unless something is wrong."""
     interruptions: int = 0
     """Weight-version changes that shut the gate."""
+    barrier_seconds: float = 0.0
+    """Time for which a barrier, or a silent trainer, held the gate shut; swaps are in `pause_seconds`."""
     partials_continued: int = 0
     """Partial rollouts with >= 1 model token before and >= 1 after a version change."""
     trajectories: int = 0
     environment_failures: int = 0
     malformed: int = 0
     swaps_failed: int = 0
+    segments_sent: int = 0
+    """Messages on the segment stream."""
+    segments_failed: int = 0
+    """Messages that the segment stream did not take in time; each was sent again, later."""
 
 
 class WorkerState(WireMessage):
@@ -326,6 +334,48 @@ class EwmaReport(FrozenModel):
     """Mean staleness of the last steps minus the center of mass, in versions: the average leaks least at 0."""
 
 
+class DedicatedReport(FrozenModel):
+    """How a step's old-policy pool did (route Dedicated). Tokens are those within the bound that are not resident."""
+
+    waiting_seconds: float = 0.0
+    """How long the step, otherwise ready, waited for scores; part of its `seconds_waiting`."""
+    tokens_scored: int = 0
+    tokens_late: int = 0
+    """No old-policy worker had scored them when the wait was over: the fallback's."""
+    backlog: int = 0
+    """Trajectories that no worker had scored yet."""
+    workers: int = 0
+    """Old-policy workers alive."""
+
+
+class PoolReport(FrozenModel):
+    """What was scored ahead of a step, in model tokens of its batch within the staleness bound."""
+
+    stale_tokens: int
+    """Of versions before the step's own: all that need an old log-probability from elsewhere."""
+    pooled_tokens: int
+    """Those of them that were scored ahead, at no cost on the step's critical path."""
+    poolable_tokens: int
+    """Those that could have been: they arrived while their version was resident, or were scored ahead anyway."""
+    discarded: dict[str, int] = Field(default_factory=dict)
+    """Cumulative: model tokens that left the pool, or values that did not enter it, by reason."""
+    num_bytes: int = 0
+    """Memory of the pool."""
+
+
+class BarrierReport(FrozenModel):
+    """The interruption route's stop before an update."""
+
+    workers: int
+    """Live workers that were waited for."""
+    missing: int
+    """Those of them that had not handed over when the time was up."""
+    seconds: float
+    """From the order to stop until everything handed over was read."""
+    tokens_scored: int = 0
+    """Model tokens that the resident version scored behind the barrier."""
+
+
 class StepReport(WireMessage):
     """What one step did: one message a step on the steps stream, one line in metrics.jsonl."""
 
@@ -366,12 +416,22 @@ class StepReport(WireMessage):
     """Last message of the trajectory stream that the counters cover."""
     groups_without_variance: int = 0
     seconds_waiting: float = 0.0
+    seconds_eager: float = 0.0
+    """Of the waiting: scoring ahead of the step."""
     seconds_scoring: float = 0.0
+    seconds_auditing: float = 0.0
     seconds_training: float = 0.0
     seconds_publishing: float = 0.0
     seconds_checkpointing: float = 0.0
     seconds_total: float = 0.0
+    dedicated: DedicatedReport | None = None
     queue_tasks: int = 0
     queue_trajectories: int = 0
+    pool: PoolReport | None = None
+    """Where the route scores ahead."""
+    barrier: BarrierReport | None = None
+    """Where the route is Interruption."""
     finished_at: float = 0.0
+    diagnostics: Diagnostics | None = None
+    audit: AuditReport | None = None
     kind: Literal["StepReport"] = "StepReport"

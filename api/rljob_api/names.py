@@ -96,6 +96,10 @@ class JobNames:
     def desired_hint(self) -> str:
         return f"rljob.{self.uid}.hints.desired"
 
+    @property
+    def barrier_hint(self) -> str:
+        return f"rljob.{self.uid}.hints.barrier"
+
 
 # Keys of the control bucket.
 KEY_EPOCH = "epoch"  # EpochClaim, written by trainer rank 0
@@ -141,7 +145,7 @@ ENV_WEIGHTS_DIR = "RLJOB_WEIGHTS_DIR"  # shared directory of weight blobs, when 
 ENV_CACHE_DIR = "RLJOB_CACHE_DIR"  # private scratch of one process
 ENV_RECORD_DIR = "RLJOB_RECORD_DIR"  # trainer: keep a record for `rljob verify`
 ENV_RECORD_BYTES = "RLJOB_RECORD_BYTES"
-ENV_READY_FILE = "RLJOB_READY_FILE"  # rollout: exists while the worker serves a version within the bound
+ENV_READY_FILE = "RLJOB_READY_FILE"  # rollout, old-policy: exists while the worker can do its work
 ENV_MODEL_DIR = "RLJOB_MODEL_DIR"  # trainer: where model.persistentVolumeClaim is mounted
 ENV_RANK_ENDS = "RLJOB_RANK_ENDS"  # trainer rank: folder in which it says how it ended, for its launcher
 ENV_ACCELERATOR = "RLJOB_ACCELERATOR"  # "cuda" where the pod asks for a GPU: without one the process must not start
@@ -149,7 +153,7 @@ ENV_TERMINATION_FILE = "RLJOB_TERMINATION_FILE"  # why the process ended, for Ku
 
 # Kubernetes: labels and annotations of children, and the finalizer of the RLJob.
 LABEL_NAME = "rljob.dev/name"
-LABEL_POOL = "rljob.dev/pool"  # `trainer`, or the name of a rollout pool
+LABEL_POOL = "rljob.dev/pool"  # `trainer`, `old-policy`, or the name of a rollout pool
 LABEL_ATTEMPT = "rljob.dev/attempt"  # of the trainer's Job and its pods
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGED_BY = "rljob"
@@ -157,8 +161,11 @@ ANNOTATION_HASH = "rljob.dev/hash"  # of the user's fields that went into a chil
 FINALIZER = "rljob.dev/nats-cleanup"
 FIELD_MANAGER = "rljob-operator"
 TRAINER_POOL = "trainer"
+OLD_POLICY_POOL = "old-policy"
 TRAINER_CONTAINER = "trainer"
 ROLLOUT_CONTAINER = "rollout"
+OLD_POLICY_POOL = "old-policy"
+OLD_POLICY_CONTAINER = "old-policy"
 
 
 def trainer_job_name(job: str, attempt: int) -> str:
@@ -172,7 +179,7 @@ def trainer_service_name(job: str) -> str:
 
 
 def pool_name(job: str, pool: str) -> str:
-    """Deployment and PodDisruptionBudget of a rollout pool."""
+    """Deployment of a pool, and PodDisruptionBudget of a rollout pool."""
     return f"{job}-{pool}"
 
 

@@ -1,4 +1,4 @@
-"""Trainer pool, rollout pools and their engines."""
+"""Trainer pool, rollout pools and their engines, old-policy pool."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PodTemplate(FrozenModel):
     spec: FrozenJsonObject | None = Field(
         default=None,
         description=(
-            "Pod spec. In the container `trainer`, `rollout` or `old-policy` the operator owns command, probes, RLJOB_* environment and "
-            "/dev/shm; all else is kept as it is."
+            "Pod spec. In the container `trainer`, `rollout` or `old-policy` the operator owns command, probes, RLJOB_* "
+            "environment and /dev/shm; all else is kept as it is."
         ),
         json_schema_extra=OPEN_POD_SPEC,
     )
@@ -98,10 +98,12 @@ class RolloutPool(FrozenModel):
 class OldPolicyPool(FrozenModel):
     """Workers that hold old weight versions and score trajectories as they arrive, beside the trainer."""
 
-    replicas: int = Field(default=1, ge=1, le=1000, description="Old-policy workers.")
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="Old-policy workers; one of them must be ready for the job to count as started.",
+    )
     template: PodTemplate | None = Field(
-        default=None,
-        description=(
-            "Template of the pool's pods (container `old-policy`); a change replaces them one after the other."
-        ),
+        default=None, description="Template of the pool's pods; a change replaces them one after the other."
     )

@@ -15,6 +15,10 @@ class ConditionType(DocumentedEnum):
         "RolloutsReady",
         "True while every pool has at least minReplicas workers that serve a usable version.",
     )
+    OLD_POLICY_READY = (
+        "OldPolicyReady",
+        "True while the old-policy pool has a worker that can score; only of a job with such a pool.",
+    )
     WEIGHTS_CONVERGED = "WeightsConverged", "True while every live rollout worker serves the desired version."
     SUSPENDED = "Suspended", "True while spec.suspend holds the job and its pods are gone."
     DEGRADED = "Degraded", "True while the job goes on, but slower or with less protection than asked for."
@@ -25,7 +29,7 @@ class ConditionType(DocumentedEnum):
 class Reason(DocumentedEnum):
     # Progress of a healthy job.
     PENDING = "Pending", "The job was accepted and nothing has been made yet."
-    STARTING = "Starting", "Children exist; the trainer or a pool's minReplicas do not run yet."
+    STARTING = "Starting", "Children exist; the trainer, or the workers that a pool needs, do not run yet."
     TRAINING = "Training", "Steps are being trained."
     RESTARTING = "Restarting", "A new attempt is being made from the last checkpoint."
     SUSPENDING = "Suspending", "The trainer writes its checkpoint and the pods are going away."
@@ -75,7 +79,7 @@ class Reason(DocumentedEnum):
     ACCELERATOR_MISSING = "AcceleratorMissing", "A GPU was requested and the process found no CUDA device."
     START_DEADLINE_EXCEEDED = (
         "StartDeadlineExceeded",
-        "Trainer and minReplicas did not run within startDeadlineSeconds.",
+        "The trainer, or the workers that a pool needs, did not run within startDeadlineSeconds.",
     )
     ACTIVE_DEADLINE_EXCEEDED = "ActiveDeadlineExceeded", "The job ran longer than activeDeadlineSeconds."
     MAX_RESTARTS_EXCEEDED = "MaxRestartsExceeded", "More counted restarts than failurePolicy.maxRestarts."

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Iterator
 from pydantic import BaseModel
 
 from rljob_api.failure_policy import FailurePolicy, FailureRule
+from rljob_api.model_size import BYTES_PER_ELEMENT, number_of_parameters
+from rljob_api.names import OLD_POLICY_POOL, TRAINER_POOL
 from rljob_api.pools import Engine, RolloutPool
 from rljob_api.rule import Finding, Rule, unless
 from rljob_api.spec import (
+    Ewma,
     Messaging,
     Model,
     ObjectMeta,
@@ -25,8 +28,8 @@ from rljob_api.spec import (
 
 JOB_NAME_CHARACTERS = 40
 POOL_NAME_CHARACTERS = 16
-TRAINER = "trainer"
-"""What failure rules call the trainer pool; no rollout pool may be called so."""
+RESERVED_POOLS = (TRAINER_POOL, OLD_POLICY_POOL)
+"""What failure rules call the pools that have no name of their own; no rollout pool may be called so."""
 
 BYTES_PER_TOKEN = 16
 """Token, turn, version and behavior log-probability of one token: four tensors of four bytes (trajectory.py)."""
@@ -47,6 +50,18 @@ def needed_stream_bytes(spec: RLJobSpec) -> int:
     steps = spec.staleness.max_versions + 1 + spec.storage.checkpoint.every_steps
     groups = steps * spec.training.tasks_per_step
     return groups * spec.sampling.samples_per_task * largest_trajectory_bytes(spec.sampling)
+
+
+def needed_snapshot_bytes(spec: RLJobSpec) -> int | None:
+    """Memory of a trainer process for maxVersions + 1 full copies of its share; None where no one knows beforehand.
+
+    Full copies, although differences are kept where they are smaller: they are not always.
+    """
+    if spec.model.random is None:
+        return None
+    version = BYTES_PER_ELEMENT[spec.training.compute_type] * number_of_parameters(spec.model.random)
+    processes = spec.trainer.replicas * spec.trainer.processes_per_replica
+    return -(-(spec.staleness.max_versions + 1) * version // processes)
 
 
 def _is_label(name: str, characters: int) -> bool:
@@ -162,6 +177,35 @@ def _resident_is_synchronous(spec: RLJobSpec) -> Iterator[Finding]:
     return unless(holds, "correction.oldLogprobs", OldLogprobs.RESIDENT, f"staleness.maxVersions is {bound}")
 
 
+# -------------------------------------------------------------------------------------------------------- correction
+
+
+def _snapshots_fit_memory(spec: RLJobSpec) -> Iterator[Finding]:
+    snapshots, needed = spec.correction.snapshots, needed_snapshot_bytes(spec)
+    limit = snapshots.memory_bytes
+    if spec.correction.old_logprobs is not OldLogprobs.SNAPSHOT or snapshots.spill or limit is None or needed is None:
+        return
+    note = f"{needed} needed, staleness.maxVersions is {spec.staleness.max_versions}"
+    yield from unless(needed <= limit, "correction.snapshots.memoryBytes", limit, note)
+
+
+def _dedicated_has_a_pool(spec: RLJobSpec) -> Iterator[Finding]:
+    holds = spec.correction.old_logprobs is not OldLogprobs.DEDICATED or spec.old_policy_pool is not None
+    return unless(holds, "oldPolicyPool", None, f"correction.oldLogprobs is {spec.correction.old_logprobs}")
+
+
+def _old_policy_pool_is_used(spec: RLJobSpec) -> Iterator[Finding]:
+    pool, route = spec.old_policy_pool, spec.correction.old_logprobs
+    if pool is not None and route is not OldLogprobs.DEDICATED:
+        given = pool.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        yield Finding("oldPolicyPool", given, f"correction.oldLogprobs is {route}")
+
+
+def _decay_or_window(ewma: Ewma) -> Iterator[Finding]:
+    holds = ewma.decay is None or ewma.window is None
+    return unless(holds, "window", ewma.window, f"decay is {ewma.decay}")
+
+
 # ------------------------------------------------------------------------------------------------ pools and failures
 
 
@@ -170,7 +214,7 @@ def _pool_name(pool: RolloutPool) -> Iterator[Finding]:
 
 
 def _pool_name_is_free(pool: RolloutPool) -> Iterator[Finding]:
-    return unless(pool.name != TRAINER, "name", pool.name)
+    return unless(pool.name not in RESERVED_POOLS, "name", pool.name)
 
 
 def _unique_pool_names(spec: RLJobSpec) -> Iterator[Finding]:
@@ -184,7 +228,9 @@ def _minimum_is_within_replicas(pool: RolloutPool) -> Iterator[Finding]:
 
 
 def _failure_rules_name_pools(spec: RLJobSpec) -> Iterator[Finding]:
-    known = {TRAINER, *(pool.name for pool in spec.rollout_pools)}
+    known = {TRAINER_POOL, *(pool.name for pool in spec.rollout_pools)}
+    if spec.old_policy_pool is not None:
+        known.add(OLD_POLICY_POOL)
     for index, rule in enumerate(spec.failure_policy.rules):
         for position, name in enumerate(rule.pools):
             yield from unless(name in known, f"failurePolicy.rules[{index}].pools[{position}]", name)
@@ -330,6 +376,38 @@ RULES: tuple[Rule, ...] = (
         _resident_is_synchronous,
     ),
     Rule(
+        "snapshots-fit-memory",
+        _SPEC,
+        "is too small for staleness.maxVersions + 1 full copies of a trainer process's share of the model "
+        "(4 bytes a parameter with training.computeType Float32, 2 with BFloat16; trainer.replicas * "
+        "trainer.processesPerReplica shares)",
+        "Raise correction.snapshots.memoryBytes, set correction.snapshots.spill, lower staleness.maxVersions, or train in "
+        "BFloat16. A job that exists cannot change its correction: keep staleness.maxVersions at what the memory holds, "
+        "or make a new RLJob with more.",
+        _snapshots_fit_memory,
+    ),
+    Rule(
+        "dedicated-has-a-pool",
+        _SPEC,
+        "is required by correction.oldLogprobs Dedicated: its workers are what scores the tokens",
+        "Add `oldPolicyPool: {replicas: 1}`, or choose another route, such as Snapshot.",
+        _dedicated_has_a_pool,
+    ),
+    Rule(
+        "old-policy-pool-is-used",
+        _SPEC,
+        "has nothing to do: only correction.oldLogprobs Dedicated asks its workers",
+        "Leave oldPolicyPool out, or set correction.oldLogprobs to Dedicated.",
+        _old_policy_pool_is_used,
+    ),
+    Rule(
+        "ewma-decay-or-window",
+        "spec.correction.ewma",
+        "may not be given beside decay: each alone fixes the decay",
+        "Set decay or window, or neither for a decay that follows the measured staleness.",
+        _decay_or_window,
+    ),
+    Rule(
         "pool-name",
         _POOL,
         f"must be an RFC 1035 label of at most {POOL_NAME_CHARACTERS} characters",
@@ -339,7 +417,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "pool-name-is-free",
         _POOL,
-        "is the name of the trainer pool",
+        "is the name of the trainer pool, or of the old-policy pool",
         "Choose another name.",
         _pool_name_is_free,
     ),
@@ -361,7 +439,7 @@ RULES: tuple[Rule, ...] = (
         "failure-rules-name-pools",
         _SPEC,
         "names no pool of the job",
-        f"Name `{TRAINER}` or a rollout pool.",
+        f"Name `{TRAINER_POOL}`, a rollout pool, or `{OLD_POLICY_POOL}` where the job has an oldPolicyPool.",
         _failure_rules_name_pools,
     ),
     Rule(

@@ -273,7 +273,10 @@ class Staleness(FrozenModel):
         default=4,
         ge=0,
         le=1024,
-        description="Bound η on the staleness of a trained token, in weight versions. 0 is synchronous.",
+        description=(
+            "Bound η on the staleness of a trained token, in weight versions. 0 is synchronous. May change while the job "
+            "runs; with correction.snapshots.memoryBytes, and a model whose size is known, as far as that memory goes."
+        ),
     )
     on_exceeded: OnExceeded = Field(
         default=OnExceeded.MASK_TOKENS,
@@ -310,13 +313,18 @@ class Discrepancy(FrozenModel):
 
 
 class Snapshots(FrozenModel):
-    """Old versions in the trainer, for Snapshot. In BFloat16 a version is kept as its difference to the next one."""
+    """Old versions in the trainer; in BFloat16 each as its difference to the next one."""
 
     memory_bytes: int | None = Field(
         default=None,
         ge=0,
         le=1 << 50,
-        description="Host memory for old versions, a trainer process; unset is no bound.",
+        description=(
+            "Host memory for old versions, a trainer process; unset is no bound. Without spill it must hold "
+            "staleness.maxVersions + 1 full copies of the process's share of the model, checked where the size is known "
+            "beforehand (model.random). Differences are smaller as a rule, but not always. It cannot be raised later, "
+            "staleness.maxVersions can: leave room."
+        ),
     )
     spill: bool = Field(
         default=False, description="Keep what is over memoryBytes on the pod's local disk, memory-mapped."
@@ -333,7 +341,9 @@ class Eager(FrozenModel):
         default=256,
         ge=0,
         le=1 << 20,
-        description="Workers send what they have of an unfinished trajectory each time that many tokens are new; 0: never.",
+        description=(
+            "Workers send what they have of an unfinished trajectory each time that many tokens are new; 0 is never."
+        ),
     )
 
 
@@ -358,9 +368,14 @@ class EwmaReset(FrozenModel):
 class Ewma(FrozenModel):
     """Averaged weights (revised PPO-EWMA). Neither decay nor window: the decay follows the measured staleness."""
 
-    decay: float | None = Field(default=None, ge=0, lt=1, description="Fixed decay β of the average, a version.")
+    decay: float | None = Field(
+        default=None, ge=0, lt=1, description="Fixed decay β of the average, a version; not with window."
+    )
     window: int | None = Field(
-        default=None, ge=1, le=1024, description="Largest version gap W that the average is for: β = W/(W+2)."
+        default=None,
+        ge=1,
+        le=1024,
+        description="Largest version gap W that the average is for: β = W/(W+2); not with decay.",
     )
     reset: EwmaReset = Field(default_factory=EwmaReset, description="When the average starts anew.")
 
@@ -374,7 +389,13 @@ class Correction(FrozenModel):
         default=Fallback.DROP, description="What happens to tokens whose old log-probability cannot be had."
     )
     objective: Objective = Field(default=Objective.DECOUPLED, description="How the two ratios enter the loss.")
-    snapshots: Snapshots = Field(default_factory=Snapshots, description="Old versions in the trainer, for Snapshot.")
+    snapshots: Snapshots = Field(
+        default_factory=Snapshots,
+        description=(
+            "Old versions in the trainer, for Snapshot. With training.computeType BFloat16 a version is kept as its "
+            "difference to the next one."
+        ),
+    )
     eager: Eager = Field(
         default_factory=Eager, description="Scoring in the trainer's idle time, for Snapshot and Interruption."
     )
@@ -383,7 +404,9 @@ class Correction(FrozenModel):
         default=600.0,
         gt=0,
         le=86400,
-        description="Dedicated: how long a step waits for the old-policy pool before the fallback takes a token.",
+        description=(
+            "Dedicated: how long a step waits for the old-policy pool; then the fallback takes the tokens that are missing."
+        ),
     )
     barrier_timeout_seconds: float = Field(
         default=60.0,
@@ -501,7 +524,8 @@ class RLJobSpec(FrozenModel):
         default=900,
         ge=1,
         description=(
-            "Trainer and minReplicas of every pool must run by then, else the job fails with StartDeadlineExceeded."
+            "Trainer, minReplicas of every rollout pool and, with an old-policy pool, one worker of it must run by then, "
+            "else the job fails with StartDeadlineExceeded."
         ),
     )
     ttl_seconds_after_finished: int | None = Field(
@@ -520,7 +544,11 @@ class RLJobSpec(FrozenModel):
     messaging: Messaging = Field(default_factory=Messaging, description="The NATS server that the pods use.")
     trainer: TrainerPool = Field(default_factory=TrainerPool, description="The trainer pool (torchrun, FSDP2).")
     old_policy_pool: OldPolicyPool | None = Field(
-        default=None, description="Workers that score tokens under old versions, for correction.oldLogprobs Dedicated."
+        default=None,
+        description=(
+            "Workers that score tokens under old versions: needed by correction.oldLogprobs Dedicated, refused with any "
+            "other. `{}` is one worker with defaults."
+        ),
     )
     rollout_pools: Annotated[tuple[RolloutPool, ...], Field(min_length=1, max_length=16)] = Field(
         description="Pools of rollout workers, by name.", json_schema_extra=LIST_MAP_BY_NAME

@@ -67,6 +67,20 @@ class TokenCounts(StatusPart):
 class CorrectionStatus(StatusPart):
     route: OldLogprobs | None = Field(default=None, description="Where old log-probabilities come from.")
     exact_fraction: Decimal | None = Field(default=None, description="Share of trained tokens with an exact one.")
+    keep_fraction: Decimal | None = Field(
+        default=None, description="Share of the last step's tokens that the discrepancy mask kept."
+    )
+    clip_fraction: Decimal | None = Field(
+        default=None, description="Share of the last step's tokens that PPO's clip stopped."
+    )
+    pooled_fraction: Decimal | None = Field(
+        default=None,
+        description="Share of the last step's stale tokens that were scored ahead, at no cost on its critical path.",
+    )
+    leak: Decimal | None = Field(
+        default=None,
+        description="Of the last audit: RMS difference between the old log-probabilities used and the exact ones, in nats.",
+    )
     interruptions: Count = Field(default=0, description="Trajectories interrupted by a new version and continued.")
     tokens: TokenCounts = Field(default_factory=TokenCounts, description="What became of the model tokens.")
 
@@ -80,7 +94,9 @@ class ThroughputStatus(StatusPart):
 class PoolStatus(StatusPart):
     name: str = Field(max_length=63, description="Name of the pool.")
     desired: Count = Field(default=0, description="Workers asked for.")
-    ready: Count = Field(default=0, description="Workers that serve a version within the bound.")
+    ready: Count = Field(
+        default=0, description="Workers that are ready; a rollout worker is while it serves a version within the bound."
+    )
     restarts: Count = Field(default=0, description="Container restarts of the pool.")
     laggards: tuple[Annotated[str, Field(max_length=253)], ...] = Field(
         default=(), max_length=MAX_LAGGARDS, description="Up to ten pods that have not converged in time."
@@ -111,7 +127,7 @@ class RLJobStatus(StatusPart):
     observed_generation: Count = Field(default=0, description="Generation of the spec that was last reconciled.")
     start_time: Time | None = Field(default=None, description="When the running time began to count; anew on resume.")
     started_time: Time | None = Field(
-        default=None, description="When trainer and minReplicas of every pool first ran since startTime."
+        default=None, description="When trainer and enough workers of every pool first ran since startTime."
     )
     completion_time: Time | None = Field(default=None, description="When the job succeeded or failed.")
     attempt: Count = Field(default=0, description="Attempt of the whole gang; written before it is acted on.")
@@ -125,7 +141,10 @@ class RLJobStatus(StatusPart):
     correction: CorrectionStatus = Field(default_factory=CorrectionStatus, description="Old log-probabilities.")
     throughput: ThroughputStatus = Field(default_factory=ThroughputStatus, description="How fast, and who waits.")
     pools: tuple[PoolStatus, ...] = Field(
-        default=(), max_length=16, description="Rollout pools.", json_schema_extra=LIST_MAP_BY_NAME
+        default=(),
+        max_length=17,
+        description="Rollout pools, and the old-policy pool as `old-policy`.",
+        json_schema_extra=LIST_MAP_BY_NAME,
     )
     checkpoint: CheckpointStatus | None = Field(default=None, description="The last checkpoint.")
     final_model: FinalModelStatus | None = Field(default=None, description="The result, once the job succeeded.")

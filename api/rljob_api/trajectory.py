@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TENSOR_TYPES = {"tokens": "int32", "turn": "int32", "weight_version": "int32", "behavior_logprobs": "float32"}
+SCORE_TENSOR_TYPES = {"positions": "int32", "weight_version": "int32", "logprobs": "float32"}
+"""Of a score message, [N] each: tokens of one trajectory, the version that each was scored with, log pi_v."""
 HEADER_KEY = "rljob"
 """Key of the header in the safetensors metadata."""
 

@@ -34,6 +34,7 @@ _CLUSTER_ONLY = (
     "spec.messaging.credentialsSecretRef",
     "spec.trainer.stallSeconds",
     "spec.trainer.template",
+    "spec.oldPolicyPool.template",
     "spec.rolloutPools[*].minReplicas",
     "spec.rolloutPools[*].template",
     "spec.failurePolicy.rules",

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rljob.record import Record, RecordedStep
+from rljob_api.messages import StepReport
 from rljob_runtime.correction.diagnostics import flatness_test
+from rljob_runtime.correction.leak import LeakVerdict, leak_cells, leak_verdict
 
 POSITION_BINS = 4
 PHASE_STEPS = 5
@@ -38,6 +40,8 @@ class Leak:
     effect: float
     """Weighted standard deviation of the RMS of log r_d over staleness, relative: 0.1 says buckets differ by a tenth."""
     p_value: float
+    verdict: LeakVerdict
+    """Whether there is a leak is the test's word; how it goes with staleness is read from the same tokens."""
 
     @property
     def found(self) -> bool:
@@ -59,7 +63,7 @@ def find_leak(record: Record, rewards: Sequence[float]) -> Leak | None:
     parts = parts[:: -(-len(parts) // MAX_TRAJECTORIES) or 1]
     if not parts:
         return None
-    log_discrepancy_N, staleness_N, position_N, phase_N = (
+    log_discrepancy_N, staleness_N, version_N, position_N, phase_N = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     if np.ptp(staleness_N) == 0:
@@ -74,7 +78,28 @@ def find_leak(record: Record, rewards: Sequence[float]) -> Leak | None:
         num_permutations=PERMUTATIONS,
         seed=0,
     )
-    return Leak(trajectories=len(parts), tokens=len(staleness_N), effect=effect, p_value=p_value)
+    cells = leak_cells(log_discrepancy_N, version_N, staleness_N, position_N)
+    verdict = leak_verdict(cells, differs=p_value < SIGNIFICANCE)
+    return Leak(trajectories=len(parts), tokens=len(staleness_N), effect=effect, p_value=p_value, verdict=verdict)
+
+
+def reported_leak(steps: Sequence[StepReport], *, last: int | None = None) -> LeakVerdict | None:
+    """The verdict from the steps' own reports, over tokens as above; None where they hold no diagnostics.
+
+    Args:
+        steps: all of the run.
+        last: take the cells of so many steps only, the last ones that have tokens which count.
+    """
+    if all(step.diagnostics is None for step in steps):
+        return None
+    limit = version_that_passes([step.reward for step in steps])
+    reported = [
+        [cell for cell in step.diagnostics.leak_cells if cell.weight_version < limit]
+        for step in steps
+        if step.diagnostics is not None
+    ]
+    reported = [cells for cells in reported if cells]
+    return leak_verdict([cell for cells in reported[-(last or len(reported)) :] for cell in cells])
 
 
 def version_that_passes(rewards: Sequence[float]) -> int:
@@ -86,11 +111,12 @@ def version_that_passes(rewards: Sequence[float]) -> int:
     return len(rewards) + 1
 
 
-Columns = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+Ints = NDArray[np.int64]
+Columns = tuple[NDArray[np.float64], Ints, Ints, Ints, Ints]
 
 
 def _trajectories(step: RecordedStep, limit: int) -> list[Columns]:
-    """(log r_d, staleness, position, phase) of the trained tokens of each trajectory that has some from before `limit`."""
+    """(log r_d, staleness, version, position, phase) of the trained tokens of each trajectory that has some from before `limit`."""
     tensors, found = step.tensors, []
     wanted = step.is_trained & (tensors["weight_version"] < limit)
     log_discrepancy = tensors["old_logprobs"].astype(np.float64) - tensors["behavior_logprobs"]
@@ -102,6 +128,7 @@ def _trajectories(step: RecordedStep, limit: int) -> list[Columns]:
                 (
                     log_discrepancy[row][places],
                     step.staleness[row][places].astype(np.int64),
+                    tensors["weight_version"][row][places].astype(np.int64),
                     places.astype(np.int64),
                     np.full(len(places), step.step // PHASE_STEPS, np.int64),
                 )

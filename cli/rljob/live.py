@@ -11,11 +11,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rljob_api.messages import StepReport
+from rljob.leak import reported_leak
+from rljob_api.messages import DedicatedReport, StepReport
 from rljob_protocol.coordinator import CoordinationSummary
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
+LEAK_STEPS = 200
+"""Last steps that the verdict on the leak is taken over: the view is drawn again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,12 @@ def plain_line(report: StepReport, coordination: CoordinationSummary, total_step
     rate = sum(worker.tokens_per_second for worker in coordination.workers)
     serving = " ".join(f"v{version}x{count}" for version, count in coordination.serving) or "-"
     waiting = report.seconds_waiting / report.seconds_total if report.seconds_total else 0.0
+    dedicated = "" if report.dedicated is None else f" old-policy pool: {pool_line(report.dedicated)}"
     return (
         f"step {report.step}/{total_steps} reward {report.reward:.3f} version {report.version} serving {serving} "
         f"staleness {report.staleness.p50}/{report.staleness.p95}/{report.staleness.max} keep {report.keep_fraction:.3f} "
         f"clip {report.clip_fraction:.3f} exact {report.exact_fraction:.3f} {rate:.0f} tokens/s "
-        f"trainer idle {waiting:.0%} step {report.seconds_total:.2f} s"
+        f"trainer idle {waiting:.0%} step {report.seconds_total:.2f} s{dedicated}"
     )
 
 
@@ -66,6 +70,14 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     return "".join(BARS[min(len(BARS) - 1, max(0, int(value * len(BARS))))] for value in means)
 
 
+def pool_line(pool: DedicatedReport) -> str:
+    """How the old-policy pool did in one step."""
+    total = pool.tokens_scored + pool.tokens_late
+    late = f", {pool.tokens_late:,} of {total:,} stale tokens late" if pool.tokens_late else ""
+    alive = f"{pool.workers} workers alive" if pool.workers else "no worker alive"
+    return f"{alive}, backlog {pool.backlog}, waited {pool.waiting_seconds:.1f} s{late}"
+
+
 def _progress(view: LiveView, last: StepReport) -> Table:
     table = Table.grid(padding=(0, 2))
     recent = view.steps[-20:]
@@ -85,6 +97,7 @@ def _progress(view: LiveView, last: StepReport) -> Table:
         ),
         ("mask", f"keep {last.keep_fraction:.3f}, clip {last.clip_fraction:.3f}, active {last.active_fraction:.3f}"),
         ("old logprobs", f"{last.route}, exact {last.exact_fraction:.3f}"),
+        *_leak(view),
         (
             "interruptions",
             f"{totals.interruptions}, {totals.partials_continued:,} partials went on, {totals.tokens_salvaged:,} tokens "
@@ -96,9 +109,16 @@ def _progress(view: LiveView, last: StepReport) -> Table:
             f"{waiting:.0%}, queues: {last.queue_tasks} tasks, {last.queue_trajectories} trajectories",
         ),
     ]
+    if last.dedicated is not None:
+        rows.append(("old-policy pool", pool_line(last.dedicated)))
     for name, text in rows:
         table.add_row(Text(name, style="bold"), text)
     return table
+
+
+def _leak(view: LiveView) -> list[tuple[str, str]]:
+    verdict = reported_leak(view.steps, last=LEAK_STEPS)
+    return [] if verdict is None else [("leak", str(verdict))]
 
 
 def _staleness(last: StepReport) -> Table:

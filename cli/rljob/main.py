@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("trainer", help="one trainer process (started by torchrun)").set_defaults(action=_trainer)
     commands.add_parser("operator", help="the Kubernetes operator").set_defaults(action=_operator)
     commands.add_parser("rollout", help="one rollout worker").set_defaults(action=_rollout)
+    commands.add_parser("old-policy", help="one old-policy worker").set_defaults(action=_old_policy)
     return parser
 
 
@@ -167,6 +168,12 @@ def _rollout(_: argparse.Namespace) -> int:
     from rljob_runtime.rollout.main import main as rollout_main
 
     return rollout_main()
+
+
+def _old_policy(_: argparse.Namespace) -> int:
+    from rljob_runtime.old_policy.main import main as old_policy_main
+
+    return old_policy_main()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -79,9 +80,18 @@ class LocalRun:
         )
         self._trainer: processes.Child | None = None
         self._slots = WorkerSlots(
-            job.spec.rollout_pools,
+            "rollout worker",
+            {pool.name: 1 if pool.replicas is None else pool.replicas for pool in job.spec.rollout_pools},
             max_restarts=job.spec.failure_policy.max_restarts,
-            start=self._start_worker,
+            start=partial(self._start_worker, module="rljob_runtime.rollout"),
+            say=self._say,
+        )
+        old_policy = job.spec.old_policy_pool
+        self._old_policy_slots = WorkerSlots(
+            "old-policy worker",
+            {} if old_policy is None else {names.OLD_POLICY_POOL: old_policy.replicas},
+            max_restarts=job.spec.failure_policy.max_restarts,
+            start=partial(self._start_worker, module="rljob_runtime.old_policy"),
             say=self._say,
         )
         self._steps: list[StepReport] = directory.read_steps()
@@ -179,8 +189,9 @@ class LocalRun:
                 if reason is not None:
                     return f"the trainer ended with {code}: {reason} (see {trainer.log})"
                 return f"the trainer ended with {code}; the end of {trainer.log}:\n{textwrap.indent(trainer.tail(), '    ')}"
-            if (failure := self._slots.tend()) is not None:
-                return failure
+            for slots in (self._slots, self._old_policy_slots):
+                if (failure := slots.tend()) is not None:
+                    return failure
             await asyncio.sleep(POLL_SECONDS)
 
     async def _restart_worker(self, worker: str, incarnation: str, reason: str) -> None:
@@ -198,12 +209,14 @@ class LocalRun:
         def in_a_hurry() -> bool:
             return self._stop_signals > 1
 
-        processes.stop_all(self._slots.children, grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
+        workers = [*self._slots.children, *self._old_policy_slots.children]
+        processes.stop_all(workers, grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
         if self._trainer is not None:
             processes.stop_all([self._trainer], grace_seconds=WORKER_GRACE_SECONDS, in_a_hurry=in_a_hurry)
         # torchrun gives each rank a session of its own: when it was killed its ranks are still there.
         processes.kill_marked(names.ENV_UID, self._info.uid)
         self._slots.forget()
+        self._old_policy_slots.forget()
 
     def _on_signal(self) -> None:
         self._stop_signals += 1
@@ -228,13 +241,13 @@ class LocalRun:
             environment[names.ENV_RECORD_DIR] = str(self._directory.record)
         return processes.start("trainer", command, environment, self._directory.logs / "trainer.log")
 
-    def _start_worker(self, slot: Slot) -> processes.Child:
+    def _start_worker(self, slot: Slot, *, module: str) -> processes.Child:
         environment = self._environment(slot.worker) | {
             names.ENV_WORKER: slot.worker,
             names.ENV_POOL: slot.pool,
             names.ENV_INCARNATION: slot.incarnation,
         }
-        command = [sys.executable, "-m", "rljob_runtime.rollout"]
+        command = [sys.executable, "-m", module]
         return processes.start(slot.worker, command, environment, self._directory.logs / f"{slot.worker}.log")
 
     def _environment(self, process: str) -> dict[str, str]:
@@ -345,7 +358,7 @@ class LocalRun:
             workers=list(self._workers.values()),
             unread=self._unread,
             seconds=time.monotonic() - self._started_at,
-            worker_restarts=self._slots.restarts,
+            worker_restarts=self._slots.restarts + self._old_policy_slots.restarts,
         )
         self._directory.summary_file.write_text(summary.model_dump_json(by_alias=True, indent=2) + "\n")
         return summary

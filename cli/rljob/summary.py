@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Literal
 
 from pydantic import Field
 
+from rljob.leak import reported_leak
 from rljob_api.base import FrozenModel
 from rljob_api.messages import StepReport, WorkerPhase, WorkerState
 
@@ -45,6 +47,12 @@ class Summary(FrozenModel):
     route: str
     exact_fraction: float
     """Smallest over all steps."""
+    pooled_share: float | None = None
+    """Share of the stale tokens that were scored ahead, at no cost on the critical path; None without a pool."""
+    poolable_share: float | None = None
+    """Upper bound of that share: those that arrived while their version was resident, or were scored ahead anyway."""
+    leak: str = ""
+    """Whether staleness leaks into the discrepancy mask, in words; empty where the steps report no diagnostics."""
     staleness_max: int
     interruptions: int
     partials_continued: int
@@ -148,6 +156,9 @@ def summarise(
         baseline=steps[-1].baseline if steps else None,
         route=steps[-1].route if steps else "",
         exact_fraction=min((step.exact_fraction for step in steps), default=0.0),
+        pooled_share=_share_of_stale(steps, "pooled_tokens"),
+        poolable_share=_share_of_stale(steps, "poolable_tokens"),
+        leak="" if (leak := reported_leak(steps)) is None else str(leak),
         staleness_max=max((step.staleness.max for step in steps), default=0),
         interruptions=sum(worker.counters.interruptions for worker in workers),
         partials_continued=sum(worker.counters.partials_continued for worker in workers),
@@ -180,7 +191,8 @@ def as_text(summary: Summary) -> str:
         f"  interruptions  {summary.interruptions}; {summary.partials_continued:,} partial rollouts went on over a version "
         f"change, {summary.tokens_lost_to_interruptions} tokens lost; pause p50 {summary.pause_seconds_p50 * 1e3:.0f} ms, "
         f"p95 {summary.pause_seconds_p95 * 1e3:.0f} ms",
-        f"  old logprobs   {summary.route}, exact fraction {summary.exact_fraction:.3f}",
+        f"  old logprobs   {summary.route}, exact fraction {summary.exact_fraction:.3f}{_pool_text(summary)}",
+        *([f"  leak           {summary.leak}"] if summary.leak else []),
         f"  tokens         {tokens.generated:,} generated = {tokens.trained:,} trained + {sum(tokens.dropped.values()):,} "
         f"dropped ({dropped}) + {tokens.in_flight:,} in flight + {tokens.lost:,} lost in crashes: "
         + ("conserved" if tokens.holds else "NOT CONSERVED"),
@@ -189,6 +201,20 @@ def as_text(summary: Summary) -> str:
     ]
     lines += [f"  problem        {problem}" for problem in tokens.problems]
     return "\n".join(lines)
+
+
+def _share_of_stale(steps: Sequence[StepReport], field: Literal["pooled_tokens", "poolable_tokens"]) -> float | None:
+    pools = [step.pool for step in steps if step.pool is not None]
+    stale = sum(pool.stale_tokens for pool in pools)
+    return sum(getattr(pool, field) for pool in pools) / stale if stale else None
+
+
+def _pool_text(summary: Summary) -> str:
+    if summary.pooled_share is None or summary.poolable_share is None:
+        return ""
+    return (
+        f"; {summary.pooled_share:.0%} of the stale tokens scored ahead (at most {summary.poolable_share:.0%} could be)"
+    )
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

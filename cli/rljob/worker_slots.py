@@ -1,15 +1,14 @@
-"""The places of a run's rollout workers: a process in each, started again within a budget when it ends."""
+"""The places of a run's workers, rollout or old-policy: a process in each, started again within a budget when it ends."""
 
 from __future__ import annotations
 
 import textwrap
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rljob import processes
-from rljob_api.pools import RolloutPool
 
 MIN_RESTARTS = 3
 BACKOFF_SECONDS = (0.5, 2.0, 5.0, 10.0)
@@ -28,21 +27,20 @@ class Slot:
 
 
 class WorkerSlots:
-    """All places of all pools. `start` starts the process of a slot, whose incarnation is a new one."""
+    """All places of pools of one kind. `start` starts the process of a slot, whose incarnation is a new one."""
 
     def __init__(
         self,
-        pools: Sequence[RolloutPool],
+        kind: str,
+        pools: Mapping[str, int],
         *,
         max_restarts: int,
         start: Callable[[Slot], processes.Child],
         say: Callable[[str], None],
     ) -> None:
-        self._slots = [
-            Slot(f"{pool.name}-{index}", pool.name)
-            for pool in pools
-            for index in range(1 if pool.replicas is None else pool.replicas)
-        ]
+        """`kind` is what messages call the workers, `pools` the number of them in each pool."""
+        self._kind = kind
+        self._slots = [Slot(f"{pool}-{index}", pool) for pool, replicas in pools.items() for index in range(replicas)]
         self._budget = max(MIN_RESTARTS, max_restarts)
         self._start = start
         self._say = say
@@ -72,20 +70,20 @@ class WorkerSlots:
             slot.child.kill_group()  # what the worker started must not outlive it
             if slot.restarts >= self._budget:
                 return (
-                    f"rollout worker {slot.worker} ended {slot.restarts + 1} times, the last time with {code}; the end of "
+                    f"{self._kind} {slot.worker} ended {slot.restarts + 1} times, the last time with {code}; the end of "
                     f"{slot.child.log}:\n{textwrap.indent(slot.child.tail(), '    ')}"
                 )
             wait = BACKOFF_SECONDS[min(slot.restarts, len(BACKOFF_SECONDS) - 1)]
             slot.restarts += 1
             slot.child, slot.start_at = None, now + wait
-            self._say(f"rollout worker {slot.worker} ended with {code}: starting it again in {wait:g} s")
+            self._say(f"{self._kind} {slot.worker} ended with {code}: starting it again in {wait:g} s")
         return None
 
     def kill(self, worker: str, incarnation: str, reason: str) -> None:
         """End a worker's process, if that incarnation is still the one; `tend` starts it again."""
         for slot in self._slots:
             if slot.worker == worker and slot.incarnation == incarnation and slot.child is not None:
-                self._say(f"rollout worker {worker} is restarted: it {reason}")
+                self._say(f"{self._kind} {worker} is restarted: it {reason}")
                 slot.child.kill_group()
 
     def forget(self) -> None:

@@ -369,11 +369,17 @@ def _restart_laggards(state: CoordinatorState, now: float) -> tuple[CoordinatorS
 
 
 def laggards_of(state: CoordinatorState) -> tuple[str, ...]:
-    """Live workers that do not serve the ordered version, by name."""
+    """Live workers that do not serve the ordered version, though they could, by name."""
     if state.desired is None:
         return ()
     wanted = state.desired.published
-    return tuple(sorted(name for name, seen in state.workers.items() if not _serves(seen.state, wanted)))
+    return tuple(
+        sorted(
+            name
+            for name, seen in state.workers.items()
+            if not _serves(seen.state, wanted) and not _keeps_barrier(seen.state, wanted)
+        )
+    )
 
 
 def _late(state: CoordinatorState, now: float) -> tuple[str, ...]:
@@ -434,10 +440,15 @@ def add_counters(one: WorkerCounters, other: WorkerCounters) -> WorkerCounters:
 
 def _serves(worker: WorkerState, published: PublishedVersion) -> bool:
     return (
-        worker.phase is WorkerPhase.SERVING
+        worker.phase in (WorkerPhase.SERVING, WorkerPhase.HELD)
         and worker.serving_version == published.version
         and worker.epoch == published.epoch
     )
+
+
+def _keeps_barrier(worker: WorkerState, published: PublishedVersion) -> bool:
+    """It waits for the version after the barrier's, as it must: no earlier one is loaded before."""
+    return worker.barrier is not None and worker.barrier >= _rank(published)
 
 
 def _rank(published: PublishedVersion) -> tuple[int, int]:

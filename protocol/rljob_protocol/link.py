@@ -36,8 +36,8 @@ from nats.js.kv import KeyValue
 
 from rljob_api.base import WireMessage
 from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable, StorageFull
-from rljob_api.messages import WorkerState
-from rljob_api.names import WORKER_KEY_PREFIX, JobNames
+from rljob_api.messages import OldPolicyState, WorkerState
+from rljob_api.names import OLD_POLICY_KEY_PREFIX, WORKER_KEY_PREFIX, JobNames
 from rljob_api.spec import RLJobSpec
 from rljob_protocol.deadlines import within
 
@@ -48,6 +48,8 @@ OPERATION_SECONDS = 60.0
 """Default deadline of one operation: longer than a server restart."""
 DUPLICATE_SECONDS = 900.0
 """How long a trajectory's second copy is recognised: longer than any outage that a run outlives."""
+LEASES_A_SCORER = 64
+"""Trajectories that one old-policy worker has in hand at most."""
 RETRY_SECONDS = 0.25
 REQUEST_SECONDS = 5.0
 ATTEMPT_SECONDS = 20.0
@@ -93,6 +95,8 @@ class StateLimits:
     max_payload_bytes: int
     ahead_bytes: int = 256 << 20
     """Bound of the segment stream and of the score stream; the oldest messages are discarded at it."""
+    old_policy_workers: int = 0
+    """Workers that lease trajectories to score them; 0: nobody does."""
     max_steps: int = 100_000
     liveness_seconds: float = 30.0
     ack_wait_seconds: float = 15.0
@@ -105,6 +109,7 @@ class StateLimits:
             max_tasks=4 * groups * spec.sampling.samples_per_task,
             trajectory_bytes=spec.messaging.trajectory_stream_bytes,
             max_payload_bytes=spec.messaging.max_payload_bytes,
+            old_policy_workers=0 if spec.old_policy_pool is None else spec.old_policy_pool.replicas,
         )
 
 
@@ -213,7 +218,7 @@ class Link:
 
     async def _create_state(self, limits: StateLimits, owner: str) -> None:
         names, manager = self.names, self.jetstream
-        streams = (
+        streams: tuple[StreamConfig, ...] = (
             StreamConfig(
                 name=names.tasks_stream,
                 subjects=[names.task_subject()],
@@ -287,6 +292,17 @@ class Link:
                 max_deliver=-1,
             ),
         )
+        if limits.old_policy_workers:
+            await manager.add_consumer(
+                names.trajectories_stream,
+                ConsumerConfig(
+                    durable_name=names.old_policy_consumer,
+                    ack_policy=AckPolicy.EXPLICIT,
+                    ack_wait=limits.ack_wait_seconds,
+                    max_ack_pending=max(limits.old_policy_workers * LEASES_A_SCORER, 1000),
+                    max_deliver=-1,
+                ),
+            )
 
     async def _make_room(self, limits: StateLimits) -> int:
         """Length of the task stream. A raised staleness bound needs a longer one; a lowered one leaves it as it is."""
@@ -423,16 +439,23 @@ class Link:
     async def live_workers(self, *, deadline_seconds: float = 5.0) -> tuple[WorkerState, ...]:
         """What the workers last said of themselves, as far as it has not expired; by name."""
 
-        async def attempt() -> tuple[WorkerState, ...]:
+        return await self._live(WORKER_KEY_PREFIX, WorkerState, deadline_seconds)
+
+    async def live_old_policy_workers(self, *, deadline_seconds: float = 5.0) -> tuple[OldPolicyState, ...]:
+        """The same of the old-policy workers."""
+        return await self._live(OLD_POLICY_KEY_PREFIX, OldPolicyState, deadline_seconds)
+
+    async def _live(self, prefix: str, kind: type[M], deadline_seconds: float) -> tuple[M, ...]:
+        async def attempt() -> tuple[M, ...]:
             bucket = await self._bucket(self.names.liveness_bucket)
             try:
                 keys = await bucket.keys()
             except nats.js.errors.NoKeysError:
                 return ()
             found = []
-            for key in sorted(key for key in keys if key.startswith(WORKER_KEY_PREFIX)):
+            for key in sorted(key for key in keys if key.startswith(prefix)):
                 try:
-                    held = await self._read(self.names.liveness_bucket, key, WorkerState)
+                    held = await self._read(self.names.liveness_bucket, key, kind)
                 except MalformedMessage as error:
                     self._logger.warning("worker state refused", extra={"key": key, "error": str(error)})
                     continue
@@ -440,7 +463,7 @@ class Link:
                     found.append(held.value)
             return tuple(found)
 
-        return await self.retry("live_workers", attempt, deadline_seconds=deadline_seconds)
+        return await self.retry(f"read {prefix}*", attempt, deadline_seconds=deadline_seconds)
 
     async def _bucket(self, name: str) -> KeyValue:
         if name not in self._buckets:

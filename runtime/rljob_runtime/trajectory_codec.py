@@ -5,19 +5,20 @@ Tensors, shapes and invariants: `rljob_api.trajectory`.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from rljob_api.errors import MalformedMessage
 from rljob_api.messages import TrajectoryHeader
-from rljob_api.trajectory import HEADER_KEY, TENSOR_TYPES
+from rljob_api.trajectory import TENSOR_TYPES
+from rljob_runtime.tensor_message import check_arrays, pack, unpack
+
+LOGPROB_ROUNDING = 1e-4
+"""How far above 0 a log-probability may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
         MalformedMessage: the trajectory breaks an invariant; nothing malformed leaves a worker.
     """
     _check(trajectory)
-    tensors = {name: np.ascontiguousarray(getattr(trajectory, name)) for name in TENSOR_TYPES}
-    return save_tensors(tensors, {HEADER_KEY: trajectory.header.to_bytes().decode()})
+    return pack(trajectory.header, _tensors(trajectory))
 
 
 def decode_trajectory(data: bytes) -> Trajectory:
@@ -71,51 +71,44 @@ def decode_trajectory(data: bytes) -> Trajectory:
     Raises:
         MalformedMessage: not safetensors, a tensor or the header is missing or of the wrong type, or an invariant is broken.
     """
-    try:
-        tensors = load_tensors(data)
-        header_size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise MalformedMessage(f"trajectory: not a safetensors message ({len(data)} bytes): {error}") from error
-    if set(tensors) != set(TENSOR_TYPES):
-        raise MalformedMessage(f"trajectory: tensors {sorted(tensors)} instead of {sorted(TENSOR_TYPES)}")
-    if HEADER_KEY not in metadata:
-        raise MalformedMessage(f"trajectory: metadata key {HEADER_KEY!r} is missing")
-    try:
-        header = TrajectoryHeader.from_bytes(metadata[HEADER_KEY].encode())
-    except ValidationError as error:
-        raise MalformedMessage(f"trajectory: header: {error}") from error
+    header, tensors = unpack(data, TrajectoryHeader, TENSOR_TYPES, "trajectory")
     trajectory = Trajectory(header=header, **tensors)
     _check(trajectory)
     return trajectory
 
 
-def _check(trajectory: Trajectory) -> None:
-    label = f"trajectory {trajectory.header.task}/{trajectory.header.sample}"
-    length = trajectory.tokens.shape[0] if trajectory.tokens.ndim == 1 else -1
-    for name, kind in TENSOR_TYPES.items():
-        tensor = getattr(trajectory, name)
-        if tensor.dtype != np.dtype(kind):
-            # bf16 or fp16 log-probabilities would swamp the discrepancy thresholds (docs/algorithms.md, test 25).
-            raise MalformedMessage(f"{label}: {name} has type {tensor.dtype}, must be {kind}")
-        if tensor.ndim != 1 or tensor.shape[0] != length:
-            raise MalformedMessage(f"{label}: {name} has shape {tensor.shape}, must be [{length}] as tokens")
-    if length < 2:
-        raise MalformedMessage(f"{label}: {length} tokens; a trajectory has a prompt and at least one more token")
-    mask = trajectory.turn >= 0
-    if mask[0]:
+def check_tokens(label: str, tensors: Mapping[str, NDArray[Any]], *, is_start: bool) -> int:
+    """What must hold of any run of a trajectory's tokens; returns their number. `is_start`: the run begins it.
+
+    Raises:
+        MalformedMessage: something does not hold; `label` names the message.
+    """
+    length = check_arrays(label, tensors, TENSOR_TYPES)
+    mask = tensors["turn"] >= 0
+    if is_start and mask[:1].any():
         raise MalformedMessage(f"{label}: the first token is marked as a model token; nothing could have sampled it")
-    if (trajectory.tokens < 0).any():
+    if (tensors["tokens"] < 0).any():
         raise MalformedMessage(f"{label}: negative token id")
-    logprobs = trajectory.behavior_logprobs[mask]
+    logprobs = tensors["behavior_logprobs"][mask]
     if not np.isfinite(logprobs).all():
         raise MalformedMessage(
             f"{label}: {int((~np.isfinite(logprobs)).sum())} behavior log-probabilities are not finite"
         )
-    if (logprobs > 1e-4).any():
+    if (logprobs > LOGPROB_ROUNDING).any():
         raise MalformedMessage(f"{label}: behavior log-probability {float(logprobs.max()):.3g} is above 0")
-    versions = trajectory.weight_version[mask]
-    if (versions < 0).any():
+    if (tensors["weight_version"][mask] < 0).any():
         raise MalformedMessage(f"{label}: a model token has no weight version")
-    if (np.diff(trajectory.turn[mask]) < 0).any():
+    if (np.diff(tensors["turn"][mask]) < 0).any():
         raise MalformedMessage(f"{label}: turns of model tokens must never fall")
+    return length
+
+
+def _tensors(trajectory: Trajectory) -> dict[str, NDArray[Any]]:
+    return {name: getattr(trajectory, name) for name in TENSOR_TYPES}
+
+
+def _check(trajectory: Trajectory) -> None:
+    label = f"trajectory {trajectory.header.task}/{trajectory.header.sample}"
+    length = check_tokens(label, _tensors(trajectory), is_start=True)
+    if length < 2:
+        raise MalformedMessage(f"{label}: {length} tokens; a trajectory has a prompt and at least one more token")

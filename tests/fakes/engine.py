@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rljob_api.errors import EngineError
 from rljob_api.weights import WeightManifest
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, Progress, Sampled, VersionSpan
 
 
 def logprob_of(version: int, position: int) -> float:
@@ -40,7 +40,7 @@ class ScriptedEngine:
     def stop_at(self, *counts: int) -> None:
         self._stops = sorted(counts)
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
         self.events.append(f"generate:{request.request_id}")
         self.prompts.append(request.prompt)
         self.in_flight += 1
@@ -48,9 +48,16 @@ class ScriptedEngine:
         tokens: list[int] = []
         logprobs: list[float] = []
 
+        given = 0
+
+        def since_last() -> Sampled:
+            count = len(tokens) - given
+            spans = (VersionSpan(self.version, 0, count),) if count else ()
+            return Sampled(tuple(tokens[given:]), tuple(logprobs[given:]), spans)
+
         def result(finish: str) -> Generation:
-            spans = (VersionSpan(self.version, 0, len(tokens)),) if tokens else ()
-            return Generation(tuple(tokens), tuple(logprobs), spans, finish)  # type: ignore[arg-type]
+            rest = since_last()
+            return Generation(rest.tokens, rest.logprobs, rest.spans, finish)  # type: ignore[arg-type]
 
         try:
             if self.abort_next:
@@ -70,6 +77,9 @@ class ScriptedEngine:
                     return result("stop")
                 if len(tokens) == request.max_tokens:
                     return result("length")
+                if progress is not None and len(tokens) - given >= progress.every_tokens:
+                    progress.take(since_last())
+                    given = len(tokens)
                 await asyncio.sleep(self.token_seconds)
         finally:
             self.in_flight -= 1
@@ -99,7 +109,7 @@ class ScriptedEngine:
 class DeadEngine(ScriptedEngine):
     """Refuses every request, as an engine whose process died."""
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
         raise EngineError("the engine process died")
 
 
@@ -114,10 +124,10 @@ class FakeEngine(ScriptedEngine):
     async def start(self) -> None:
         self.events.append("start")
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
         if self.die:
             raise EngineError("the engine process died")
-        return await super().generate(request)
+        return await super().generate(request, progress)
 
     async def apply(self, manifest: WeightManifest, weights: Path) -> None:
         if not self._pause.is_set():

@@ -14,6 +14,7 @@ from rljob_api.errors import BlobCorrupt, BlobMissing, DeadlineExceeded
 from rljob_api.messages import PublishedVersion, Task, WorkerState
 from rljob_api.weights import Blob, ModelFile, Probe, WeightManifest
 from rljob_protocol.link import Versioned
+from rljob_runtime.segment_codec import OpenSegment, decode_segment
 from rljob_runtime.trajectory_codec import Trajectory, decode_trajectory
 
 
@@ -110,6 +111,26 @@ class FakeLog:
         self.link.check()
         self.trajectories.append(decode_trajectory(data))
         return len(self.trajectories)
+
+
+class FakeSegments:
+    """The segment stream. `loses` drops the answers to so many appends; they are stored all the same."""
+
+    def __init__(self, link: FakeLink) -> None:
+        self.link = link
+        self.segments: list[OpenSegment] = []
+        self.loses = 0
+
+    async def append(self, task: int, sample: int, data: bytes, *, deadline_seconds: float) -> int:
+        await asyncio.sleep(0)
+        self.link.check()
+        segment = decode_segment(data)
+        assert (segment.header.task, segment.header.sample) == (task, sample)
+        self.segments.append(segment)
+        if self.loses:
+            self.loses -= 1
+            raise DeadlineExceeded("the answer was lost")
+        return len(self.segments)
 
 
 class MemoryStore:

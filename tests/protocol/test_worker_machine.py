@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from tests.protocol.machine_events import ordered, published, run, swap_events
 
-from rljob_api.messages import DesiredVersion, PublishedVersion
-from rljob_api.weights import Blob
+from rljob_api.messages import DesiredVersion
 from rljob_protocol.worker import (
     FETCH_BACKOFF_MAX_SECONDS,
+    Swap,
+    WorkerSettings,
+    WorkerState,
+    is_converged,
+    new_state,
+    step,
+)
+from rljob_protocol.worker_events import (
     Applied,
     Apply,
     ApplyFailed,
     CoordinatorBeat,
     DesiredSeen,
     DrainRequested,
-    Effect,
     Event,
     Fetch,
     Fetched,
@@ -31,13 +38,7 @@ from rljob_protocol.worker import (
     PublishedSeen,
     Report,
     ShutGate,
-    Swap,
     Tick,
-    WorkerSettings,
-    WorkerState,
-    is_converged,
-    new_state,
-    step,
 )
 
 SETTINGS = WorkerSettings(
@@ -47,31 +48,6 @@ SETTINGS = WorkerSettings(
     apply_timeout_seconds=500.0,
     probe_timeout_seconds=120.0,
 )
-
-
-def published(version: int, epoch: int = 1) -> PublishedVersion:
-    blob = Blob(name=f"m-{epoch}-{version}", sha256="0" * 64, num_bytes=1)
-    return PublishedVersion(epoch=epoch, version=version, step=version, manifest=blob, num_bytes=1)
-
-
-def ordered(version: int, generation: int = 1, term: int = 1, quarantined: tuple[int, ...] = ()) -> DesiredSeen:
-    return DesiredSeen(
-        DesiredVersion(term=term, generation=generation, published=published(version), quarantined=quarantined)
-    )
-
-
-def run(state: WorkerState, *events: Event, now: float = 0.0) -> tuple[WorkerState, tuple[Effect, ...]]:
-    """Feed events at one time; all their effects in order."""
-    effects: tuple[Effect, ...] = ()
-    for event in events:
-        state, more = step(state, event, now)
-        effects += more
-    return state, effects
-
-
-def swap_events(version: int) -> tuple[Event, ...]:
-    done = published(version)
-    return Fetched(done), GateShut(), Applied(done), ProbePassed(done)
 
 
 def serving(version: int, generation: int = 1, now: float = 0.0) -> WorkerState:

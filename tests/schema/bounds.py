@@ -53,15 +53,21 @@ RULE = {"spec.failurePolicy.rules": [{"name": "r", "pools": ["trainer"], "onReas
 POD_CONDITION = {
     "spec.failurePolicy.rules": [{"name": "r", "onPodConditions": [{"type": "DisruptionTarget"}], "action": "Ignore"}]
 }
+DEDICATED = {"spec.correction.oldLogprobs": "Dedicated", "spec.oldPolicyPool": {}}
 SMALL = {
     "spec.storage.checkpoint.everySteps": 1,
     "spec.staleness.maxVersions": 0,
     "spec.training.tasksPerStep": 1,
     "spec.sampling.samplesPerTask": 2,
 }
-POOL, FAILURE = "spec.rolloutPools.0", "spec.failurePolicy.rules.0"
-CONTAINERS = ("spec.trainer.template.spec.containers", f"{POOL}.template.spec.containers")
+POOL, OLD_POLICY, FAILURE = "spec.rolloutPools.0", "spec.oldPolicyPool", "spec.failurePolicy.rules.0"
+CONTAINERS = tuple(f"{pool}.template.spec.containers" for pool in ("spec.trainer", POOL, OLD_POLICY))
 TIME = ("2026-11-23 01:00:00", "2026-11-23T01:00:00Z")
+
+
+def _route(path: str) -> Changes:
+    return DEDICATED if path.startswith(OLD_POLICY) else {}
+
 
 CONTEXTS: tuple[tuple[str, Changes], ...] = (
     ("spec.model.random.maxPositions", RANDOM | {"spec.sampling": {"maxTokens": 8, "maxTrajectoryTokens": 16}}),
@@ -88,7 +94,8 @@ CONTEXTS: tuple[tuple[str, Changes], ...] = (
     ("spec.failurePolicy.rules.0", RULE),
     ("spec.sampling.badWords.0", {"spec.sampling.badWords": [""]}),
     ("spec.storage.weights.persistentVolumeClaim", {"spec.storage.weights.persistentVolumeClaim.claimName": "a"}),
-    *((f"{containers}.0", {containers: [{"name": "a"}]}) for containers in CONTAINERS),
+    *((f"{containers}.0", _route(containers) | {containers: [{"name": "a"}]}) for containers in CONTAINERS),
+    (OLD_POLICY, DEDICATED),
     ("spec.", ROOM),
     ("status.weights.servingVersions.0", {"status.weights.servingVersions": [{"version": 1, "pods": 1}]}),
     ("status.pools.0", {"status.pools": [{"name": "main", "laggards": ["pod"]}]}),
@@ -133,6 +140,15 @@ NUMBERS: tuple[tuple[str, Pair | None, Pair | None], ...] = (
     ("spec.training.stragglerTimeoutSeconds", (0, 0.001), None),
     ("spec.training.seed", (-1, 0), None),
     ("spec.staleness.maxVersions", (-1, 0), (1025, 1024)),
+    ("spec.correction.snapshots.memoryBytes", (-1, 0), ((1 << 50) + 1, 1 << 50)),
+    ("spec.correction.eager.prefixTokens", (-1, 0), ((1 << 20) + 1, 1 << 20)),
+    ("spec.correction.ewma.decay", (-0.1, 0), (1, 0.999)),
+    ("spec.correction.ewma.window", (0, 1), (1025, 1024)),
+    ("spec.correction.ewma.reset.threshold", (-0.1, 0), (1.1, 1)),
+    ("spec.correction.ewma.reset.patience", (0, 1), (1001, 1000)),
+    ("spec.correction.dedicatedTimeoutSeconds", (0, 0.001), (86400.5, 86400)),
+    ("spec.correction.barrierTimeoutSeconds", (0, 0.001), (3600.5, 3600)),
+    ("spec.correction.auditFraction", (-0.01, 0), (0.051, 0.05)),
     ("spec.correction.clip.low", (-0.1, 0), (1, 0.999)),
     ("spec.correction.clip.high", (-0.1, 0), None),
     ("spec.correction.discrepancy.low", (0, 1e-9), (1.01, 1)),
@@ -147,6 +163,7 @@ NUMBERS: tuple[tuple[str, Pair | None, Pair | None], ...] = (
     ("spec.trainer.replicas", (0, 1), (4097, 4096)),
     ("spec.trainer.processesPerReplica", (0, 1), (65, 64)),
     ("spec.trainer.stallSeconds", (0, 1), None),
+    (f"{OLD_POLICY}.replicas", (0, 1), (1001, 1000)),
     (f"{POOL}.replicas", (-1, 0), (10001, 10000)),
     (f"{POOL}.minReplicas", (-1, 0), None),
     (f"{POOL}.maxConcurrentTrajectories", (0, 1), (4097, 4096)),
@@ -220,6 +237,17 @@ TEXTS: tuple[tuple[str, bool, int], ...] = (
 )
 """(path, whether an empty text is refused, characters of the longest)."""
 
+ROUTES = (
+    "Resident",
+    "Snapshot",
+    "Dedicated",
+    "Interruption",
+    "Ewma",
+    "Linear",
+    "LogLinear",
+    "Current",
+    "Engine",
+)
 ENUMS: dict[str, tuple[Any, ...]] = {
     "spec.model.random.architecture": ("Llama", "Qwen3"),
     "spec.model.random.headDim": (32, 64, 96, 128, 256),
@@ -227,15 +255,16 @@ ENUMS: dict[str, tuple[Any, ...]] = {
     "spec.training.advantage.estimator": ("GRPO", "RLOO"),
     "spec.training.advantage.credit": ("Trajectory", "Turn"),
     "spec.staleness.onExceeded": ("MaskTokens", "DropGroup", "Wait"),
-    "spec.correction.oldLogprobs": ("Resident", "Snapshot", "Current", "Engine"),
-    "spec.correction.fallback": ("Drop",),
+    "spec.correction.oldLogprobs": ROUTES,
+    "spec.correction.fallback": ("Drop", "Ewma"),
+    "spec.correction.objective": ("Decoupled", "Coupled"),
     "spec.correction.discrepancy.granularity": ("Token", "Segment", "Sequence"),
     "spec.correction.discrepancy.weight": ("None", "Truncated", "Raw"),
     "spec.weightSync.mode": ("Interrupt",),
     f"{POOL}.engine.vllm.computeType": ("Float32", "BFloat16"),
     f"{FAILURE}.action": ("FailJob", "RestartJob", "RestartPool", "Ignore"),
     f"{FAILURE}.onPodConditions.0.status": ("True", "False", "Unknown"),
-    "status.correction.route": ("Resident", "Snapshot", "Current", "Engine"),
+    "status.correction.route": ROUTES,
     "status.conditions.0.status": ("True", "False", "Unknown"),
 }
 
@@ -308,7 +337,7 @@ OTHERS: tuple[tuple[str, str, Any, Any], ...] = (
     ("spec.rolloutPools", "list-map", [{"name": "a"}, {"name": "a"}], [{"name": "a"}, {"name": "b"}]),
     (f"{POOL}.name", "maxLength", "a" * 64, "a" * 16),  # up to 63 it is the rule pool-name
     ("spec.failurePolicy.rules", "maxItems", _reasons(33), _reasons(32)),
-    (f"{FAILURE}.pools", "maxItems", ["trainer"] * 18, ["trainer"] * 17),
+    (f"{FAILURE}.pools", "maxItems", ["trainer"] * 19, ["trainer"] * 18),
     (f"{FAILURE}.pools.0", "maxLength", "a" * 64, "trainer"),
     (f"{FAILURE}.onReasons", "maxItems", ["X"] * 65, ["X"] * 64),
     (f"{FAILURE}.onPodConditions", "maxItems", [{"type": "X"}] * 33, [{"type": "X"}] * 32),
@@ -320,19 +349,34 @@ OTHERS: tuple[tuple[str, str, Any, Any], ...] = (
     ("status.conditions.0.lastTransitionTime", "pattern", *TIME),
     ("status.correction.exactFraction", "pattern", "99%", "0.99"),
     ("status.correction.exactFraction", "maxLength", "1" * 33, "1" * 32),
+    ("status.correction.keepFraction", "pattern", "99%", "0.99"),
+    ("status.correction.keepFraction", "maxLength", "1" * 33, "1" * 32),
+    ("status.correction.clipFraction", "pattern", "99%", "0.99"),
+    ("status.correction.clipFraction", "maxLength", "1" * 33, "1" * 32),
+    ("status.correction.pooledFraction", "pattern", "99%", "0.99"),
+    ("status.correction.pooledFraction", "maxLength", "1" * 33, "1" * 32),
+    ("status.correction.leak", "pattern", "99%", "0.99"),
+    ("status.correction.leak", "maxLength", "1" * 33, "1" * 32),
     (
         "status.weights.servingVersions",
         "maxItems",
         [{"version": index, "pods": 1} for index in range(257)],
         [{"version": index, "pods": 1} for index in range(256)],
     ),
-    ("status.pools", "maxItems", _pools(17), _pools(16)),
+    ("status.pools", "maxItems", _pools(18), _pools(17)),
     ("status.pools", "list-map", [{"name": "a"}] * 2, [{"name": "a"}, {"name": "b"}]),
     ("status.pools.0.laggards", "maxItems", ["pod"] * 11, ["pod"] * 10),
     ("status.conditions", "maxItems", _CONDITIONS, _CONDITIONS[:32]),
     ("status.conditions", "list-map", [_CONDITIONS[0]] * 2, _CONDITIONS[:2]),
 )
 """(path, keyword, refused, accepted)."""
+
+
+BESIDE: dict[Any, Changes] = {
+    "Resident": {"spec.staleness.maxVersions": 0},
+    "Dedicated": {"spec.oldPolicyPool": {}},
+}
+"""What a route needs beside itself."""
 
 
 def _context(path: str) -> Changes:
@@ -351,7 +395,7 @@ def _all() -> list[Bound]:
         bounds.append(Bound(path, "maxLength", "a" * (longest + 1), "a" * longest, _context(path)))
     for path, values in ENUMS.items():
         for value in values:
-            also = {"spec.staleness.maxVersions": 0} if value == "Resident" else {}
+            also = BESIDE.get(value, {}) if path == "spec.correction.oldLogprobs" else {}
             bounds.append(
                 Bound(path, "enum", 33 if isinstance(value, int) else value.lower(), value, _context(path) | also)
             )

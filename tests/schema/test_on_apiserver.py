@@ -23,7 +23,7 @@ from rljob_api.validate import parse_job
 MESSAGES = {rule.id: rule.message for rule in (*RULES, *CLUSTER_RULES)}
 OF_SPEC = [bound for bound in BOUNDS if not bound.path.startswith("status.")]
 OF_STATUS = [bound for bound in BOUNDS if bound.path.startswith("status.")]
-BY_SCHEMA = {"unique-pool-names", "trainer-template-containers", "rollout-template-containers"}
+BY_SCHEMA = {"unique-pool-names", *(f"{pool}-template-containers" for pool in ("trainer", "rollout", "old-policy"))}
 """Rules without an expression that the schema itself holds."""
 
 
@@ -113,6 +113,18 @@ def test_a_change_of_how_a_job_runs_passes(apiserver: Apiserver, transition: Tra
     with job(apiserver, before) as existing:
         changed_job = apiserver.replace(existing | {"spec": after["spec"]})
         assert changed_job.accepted, changed_job.causes
+
+
+def test_the_staleness_bound_of_a_job_is_raised_as_far_as_its_snapshots_memory_goes(apiserver: Apiserver) -> None:
+    (case, *_) = [case for case in CASES if case.rule == "snapshots-fit-memory"]
+    room_for_five = changed(ON_A_CLUSTER | case.accepted)
+    with job(apiserver, room_for_five) as existing:
+        lower = existing | {"spec": existing["spec"] | {"staleness": {"maxVersions": 3}}}
+        assert apiserver.replace(lower).accepted
+        higher = existing | {"spec": existing["spec"] | {"staleness": {"maxVersions": 5}}}
+        ((field, message),) = apiserver.replace(higher).causes
+        assert field == "spec.correction.snapshots.memoryBytes"
+        assert "keep staleness.maxVersions at what the memory holds" in message
 
 
 def test_defaults_are_filled_in_as_the_models_have_them(apiserver: Apiserver) -> None:

@@ -32,6 +32,8 @@ class Transition:
 
 PARAMETERS = "spec.environment.parameters"
 CREDENTIALS = {"spec.messaging": {"url": "nats://a:4222", "credentialsSecretRef": {"name": "a"}}}
+EWMA = {"spec.correction.oldLogprobs": "Ewma", "spec.correction.ewma": {"window": 4, "reset": {"threshold": 0}}}
+DEDICATED = {"spec.correction.oldLogprobs": "Dedicated", "spec.oldPolicyPool": {}}
 RANDOM = {"spec.model": {"random": {}}, "spec.sampling.maxTrajectoryTokens": 512}
 
 REFUSED = (
@@ -53,6 +55,11 @@ REFUSED = (
     Transition("set", {}, {"spec.correction": {"clip": {"low": 0.1}}}, "correction"),
     Transition("unset", {"spec.correction": {"clip": {"low": 0.1}}}, {"spec.correction": REMOVE}, "correction"),
     Transition("set", {}, {"spec.correction.discrepancy.low": 0.9}, "correction"),
+    Transition("set", {}, {"spec.correction.snapshots.memoryBytes": 1 << 30}, "correction"),
+    Transition("unset", EWMA, {"spec.correction.ewma": REMOVE}, "correction"),
+    # The old-policy pool belongs to its route: neither comes or goes without the other.
+    Transition("change", {}, DEDICATED, "correction"),
+    Transition("change", DEDICATED, {"spec.correction": REMOVE, "spec.oldPolicyPool": REMOVE}, "correction"),
     Transition("change", {}, {"spec.storage.checkpoint.everySteps": 10}, "storage"),
     Transition("set", {}, {"spec.storage.weights": {"nats": {}}}, "storage"),
     Transition("unset", {"spec.storage.weights": {"nats": {}}}, {"spec.storage.weights": REMOVE}, "storage"),
@@ -79,6 +86,9 @@ ACCEPTED = (
     Transition("live", {}, {POOLS: [{"name": "main", "replicas": 1}, {"name": "more", "replicas": 2}]}),
     Transition("live", {POOLS: [{"name": "main"}, {"name": "more"}]}, {POOLS: [{"name": "main"}]}),
     Transition("live", {}, {"spec.trainer.replicas": 2}),
+    Transition("live", DEDICATED, {"spec.oldPolicyPool.replicas": 3}),
+    Transition("live", DEDICATED, {"spec.oldPolicyPool.template": {"spec": {"containers": [{"name": "old-policy"}]}}}),
+    Transition("live", EWMA, {"spec.staleness.maxVersions": 2}),
     Transition("live", {}, {"spec.training.learningRate": 0.01}),
     # The same value, written out: what the apiserver filled in is no change.
     Transition("live", {}, {"spec.storage.checkpoint.everySteps": 20}),

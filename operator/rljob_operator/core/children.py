@@ -8,10 +8,10 @@ from typing import Any
 
 from rljob_api import names
 from rljob_api.failure_policy import FailureAction
-from rljob_api.pools import RolloutPool
 from rljob_api.spec import RLJobSpec
 from rljob_operator.core.builders.config import config_map, pool_hash
 from rljob_operator.core.builders.disruption import disruption_budget
+from rljob_operator.core.builders.old_policy_deployment import old_policy_deployment
 from rljob_operator.core.builders.rollout_deployment import rollout_deployment
 from rljob_operator.core.builders.service import trainer_service
 from rljob_operator.core.builders.trainer_job import trainer_job
@@ -19,6 +19,7 @@ from rljob_operator.core.failure_policy import judgements
 from rljob_operator.core.observed import Deployment, Observed, Pod
 from rljob_operator.core.plan import Action, Create, Delete, Merge, Replace
 from rljob_operator.core.pods import living
+from rljob_operator.core.worker_pools import worker_pools
 
 _HASH_POINTER = "/metadata/annotations/" + names.ANNOTATION_HASH.replace("/", "~1")
 
@@ -31,10 +32,10 @@ def wanted_names(observed: Observed, spec: RLJobSpec) -> tuple[tuple[str, str], 
         ("ConfigMap", names.config_name(job, names.TRAINER_POOL, attempt)),
         ("Job", names.trainer_job_name(job, attempt)),
     ]
-    for pool in spec.rollout_pools:
+    for pool in worker_pools(spec):
         found.append(("Deployment", names.pool_name(job, pool.name)))
-        found.append(("PodDisruptionBudget", names.pool_name(job, pool.name)))
         found.append(("ConfigMap", names.config_name(job, pool.name, pool_hash(spec, pool.name))))
+    found += [("PodDisruptionBudget", names.pool_name(job, pool.name)) for pool in spec.rollout_pools]
     return tuple(found)
 
 
@@ -64,53 +65,58 @@ def _trainer(observed: Observed, spec: RLJobSpec) -> Iterator[Action]:
 
 
 def _pools(observed: Observed, spec: RLJobSpec) -> Iterator[Action]:
-    existing = {deployment.pool: deployment for deployment in observed.deployments}
+    image = observed.status.runtime_image or observed.settings.runtime_image
     for pool in spec.rollout_pools:
-        hashed = pool_hash(spec, pool.name)
-        name = names.config_name(observed.identity.name, pool.name, hashed)
-        yield from _made(observed, config_map(observed, spec, name, pool=pool.name, attempt=None))
         yield from _made(observed, disruption_budget(observed, pool))
-        image = observed.status.runtime_image or observed.settings.runtime_image
-        body = rollout_deployment(observed, spec, pool, image)
-        deployment = existing.get(pool.name)
-        if deployment is None:
-            yield from _made(observed, body)
-        elif not deployment.is_deleting:
-            yield from _brought_up_to_date(observed, pool, deployment, body, hashed)
+        yield from _deployed(observed, spec, pool.name, rollout_deployment(observed, spec, pool, image))
+    if spec.old_policy_pool is not None:
+        body = old_policy_deployment(observed, spec, spec.old_policy_pool, image)
+        yield from _deployed(observed, spec, names.OLD_POLICY_POOL, body)
+
+
+def _deployed(observed: Observed, spec: RLJobSpec, pool: str, body: dict[str, Any]) -> Iterator[Action]:
+    """A pool's Deployment, after the configuration that its pods mount."""
+    hashed = pool_hash(spec, pool)
+    name = names.config_name(observed.identity.name, pool, hashed)
+    yield from _made(observed, config_map(observed, spec, name, pool=pool, attempt=None))
+    deployment = next((item for item in observed.deployments if item.pool == pool), None)
+    if deployment is None:
+        yield from _made(observed, body)
+    elif not deployment.is_deleting:
+        yield from _brought_up_to_date(observed, deployment, body, hashed)
 
 
 def _brought_up_to_date(
-    observed: Observed, pool: RolloutPool, deployment: Deployment, body: dict[str, Any], hashed: str
+    observed: Observed, deployment: Deployment, body: dict[str, Any], hashed: str
 ) -> Iterator[Action]:
     if deployment.template_hash != hashed and not _is_refused(observed, "Deployment", deployment.name):
         # The hash, not the template as it is: an operator that builds templates otherwise leaves running pods alone.
         parts = {"/spec/template": body["spec"]["template"], _HASH_POINTER: hashed}
         yield Replace("Deployment", deployment.name, deployment.uid, deployment.resource_version, parts)
         return  # its resourceVersion has moved on; the next pass scales
-    if pool.replicas is None or deployment.replicas == pool.replicas:
+    replicas = body["spec"].get("replicas")
+    if replicas is None or deployment.replicas == replicas:
         return
-    for pod in _victims(observed, pool, deployment.replicas - pool.replicas):
+    for pod in _victims(observed, deployment.pool, deployment.replicas - replicas):
         cost = {"controller.kubernetes.io/pod-deletion-cost": "-100"}
         yield Merge("Pod", pod.name, pod.uid, {"metadata": {"uid": pod.uid, "annotations": cost}})
     version = {"uid": deployment.uid, "resourceVersion": deployment.resource_version}
-    yield Merge(
-        "Deployment", deployment.name, deployment.uid, {"metadata": version, "spec": {"replicas": pool.replicas}}
-    )
+    yield Merge("Deployment", deployment.name, deployment.uid, {"metadata": version, "spec": {"replicas": replicas}})
 
 
-def _victims(observed: Observed, pool: RolloutPool, number: int) -> tuple[Pod, ...]:
+def _victims(observed: Observed, pool: str, number: int) -> tuple[Pod, ...]:
     """Pods that a scale-down takes: those late for their version first, then the youngest."""
     if number <= 0:
         return ()
     coordination = observed.progress.coordination
     late = set(coordination.laggards) if coordination is not None else set()
-    pods = [pod for pod in observed.pods_of(pool.name) if pod.deleted_at is None]
+    pods = [pod for pod in observed.pods_of(pool) if pod.deleted_at is None]
     pods.sort(key=lambda pod: (pod.is_ready, pod.name not in late, -pod.created_at.timestamp(), pod.name))
     return tuple(pods[:number])
 
 
 def _unwanted(observed: Observed, spec: RLJobSpec) -> Iterator[Action]:
-    pools = {pool.name for pool in spec.rollout_pools}
+    pools = {pool.name for pool in worker_pools(spec)}
     for deployment in observed.deployments:
         if deployment.pool not in pools and not deployment.is_deleting:
             yield Delete("Deployment", deployment.name, deployment.uid)
@@ -133,7 +139,7 @@ def _used_configs(observed: Observed) -> Iterator[tuple[str, str]]:
 
 
 def _failing_pods(observed: Observed, spec: RLJobSpec) -> Iterator[Action]:
-    """Rollout pods that shall be made anew: those of a pool that a rule restarts, and those that keep crashing."""
+    """Workers' pods that shall be made anew: those of a pool that a rule restarts, and those that keep crashing."""
     doomed: dict[str, Pod] = {}
     for judgement in judgements(observed, spec):
         failed = judgement.failure

@@ -12,14 +12,7 @@ from rljob_api.status import RLJobStatus
 from rljob_operator.core.observed import Observed, TrainerJob
 from rljob_operator.core.plan import Action, Delete, DeleteState, Event, Plan
 from rljob_operator.core.pods import living
-from rljob_operator.core.status import Verdict, changed, holds, text_of, time_of, with_conditions
-
-_PARTS = (
-    ConditionType.TRAINER_READY,
-    ConditionType.ROLLOUTS_READY,
-    ConditionType.WEIGHTS_CONVERGED,
-    ConditionType.DEGRADED,
-)
+from rljob_operator.core.status import Verdict, changed, holds, running_parts, text_of, time_of, with_conditions
 
 
 def is_finished(status: RLJobStatus) -> bool:
@@ -97,11 +90,12 @@ def _end(
     # What ran does so no more; how far it got stays.
     pools = tuple(changed(pool, ready=0, laggards=()) for pool in status.pools)
     columns = changed(status.columns, converged="", rollouts="", trainer="")
+    parts = (*running_parts(observed.spec), ConditionType.WEIGHTS_CONVERGED, ConditionType.DEGRADED)
     written = with_conditions(
         observed,
         changed(status, pools=pools, columns=columns),
         Verdict(kind, "True", reason, message),
         Verdict(ConditionType.READY, "False", reason, message),
-        *(Verdict(part, "False", reason, "The job is finished.") for part in _PARTS),
+        *(Verdict(part, "False", reason, "The job is finished.") for part in parts),
     )
     return Plan(status=written, events=(Event(event, reason, message),), requeue_after_seconds=0.0)

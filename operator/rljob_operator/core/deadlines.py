@@ -9,7 +9,7 @@ from rljob_api.spec import RLJobSpec
 from rljob_operator.core.completion import fail
 from rljob_operator.core.observed import Observed
 from rljob_operator.core.plan import Plan
-from rljob_operator.core.status import holds, summarised, time_of
+from rljob_operator.core.status import holds, running_parts, summarised, time_of
 
 
 def missed(observed: Observed, spec: RLJobSpec) -> Plan | None:
@@ -30,16 +30,20 @@ def missed(observed: Observed, spec: RLJobSpec) -> Plan | None:
         missing = [
             condition.message
             for condition in seen.conditions
-            if condition.type in (ConditionType.TRAINER_READY, ConditionType.ROLLOUTS_READY)
-            and condition.status != "True"
+            if condition.type in running_parts(spec) and condition.status != "True"
         ]
         if not missing and holds(seen, ConditionType.TRAINER_READY):
             return None  # they run by now: this pass records it
+        who = (
+            "Trainer and minReplicas"
+            if spec.old_policy_pool is None
+            else "Trainer, minReplicas and an old-policy worker"
+        )
         return fail(
             observed,
             seen,
             Reason.START_DEADLINE_EXCEEDED,
-            f"Trainer and minReplicas did not run within {spec.start_deadline_seconds} s (startDeadlineSeconds). "
+            f"{who} did not run within {spec.start_deadline_seconds} s (startDeadlineSeconds). "
             + " ".join([*missing, "Correct what keeps them, or give startDeadlineSeconds more, and make a new job."]),
         )
     return None

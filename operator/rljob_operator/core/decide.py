@@ -18,6 +18,7 @@ from rljob_operator.core.status import (
     is_urgent,
     ready_verdict,
     reason_of,
+    running_parts,
     summarised,
     text_of,
     with_conditions,
@@ -58,8 +59,7 @@ def _run(observed: Observed, spec: RLJobSpec) -> Plan:
     status = summarised(observed, spec, observed.status)
     verdict = _obstacle(observed) or ready_verdict(observed, spec, status)
     status = _restarting_stays(observed, with_conditions(observed, status, verdict), verdict)
-    both = holds(status, ConditionType.TRAINER_READY) and holds(status, ConditionType.ROLLOUTS_READY)
-    if both and status.started_time is None:
+    if status.started_time is None and all(holds(status, part) for part in running_parts(spec)):
         status = changed(status, started_time=text_of(observed.now))
     next_deadline = deadlines.seconds_to_next(observed, spec)
     return Plan(

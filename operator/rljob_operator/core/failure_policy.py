@@ -1,8 +1,8 @@
 """What a failure does: the first rule of spec.failurePolicy that matches, else the default.
 
 By default a failed trainer means a new attempt of the whole gang, counted. Configurations that cannot work and missing
-accelerators fail the job at once, of whatever pool: trying again cannot help. A failed rollout worker is left to Kubernetes, which
-starts its container again. For the trainer RestartPool is RestartJob, and Ignore is RestartJob without counting: nothing
+accelerators fail the job at once, of whatever pool: trying again cannot help. A failed rollout or old-policy worker is left to
+Kubernetes, which starts its container again. For the trainer RestartPool is RestartJob, and Ignore is RestartJob without counting: nothing
 else starts a gang again.
 """
 
@@ -17,6 +17,7 @@ from rljob_api.reasons import Reason
 from rljob_api.spec import RLJobSpec
 from rljob_operator.core.observed import Container, Observed, Pod, PodCondition, Termination, TrainerJob
 from rljob_operator.core.pods import is_lost
+from rljob_operator.core.worker_pools import worker_pools
 
 EXIT_SIGTERM = 143
 CLOCK_SKEW = timedelta(seconds=3)
@@ -56,7 +57,7 @@ def judgements(observed: Observed, spec: RLJobSpec) -> tuple[Judgement, ...]:
         return ()
     trainer = _trainer_failure(observed, spec, job)
     found = [trainer] if trainer is not None else []
-    found += [failure for pool in spec.rollout_pools for failure in _rollout_failures(observed, pool.name, job)]
+    found += [failure for pool in worker_pools(spec) for failure in _worker_failures(observed, pool.name, job)]
     return tuple(_judge(failure, spec) for failure in found)
 
 
@@ -160,7 +161,7 @@ def _stall(observed: Observed, spec: RLJobSpec, job: TrainerJob, pods: list[Pod]
     )
 
 
-def _rollout_failures(observed: Observed, pool: str, job: TrainerJob) -> list[Failure]:
+def _worker_failures(observed: Observed, pool: str, job: TrainerJob) -> list[Failure]:
     found = []
     for pod in observed.pods_of(pool):
         for container in pod.containers:

@@ -28,7 +28,7 @@ class Settings:
     cleanup_timeout_seconds: float = 120.0
     """How long a deleted job waits for NATS before its streams are left to the sweep."""
     crash_loop_seconds: float = 60.0
-    """A rollout pod that crashes for longer is deleted: a new one may land on another node."""
+    """A worker's pod that crashes for longer is deleted: a new one may land on another node."""
     status_seconds: float = 5.0
     """Least time between two status writes that carry progress only."""
 
@@ -81,7 +81,7 @@ class PodCondition:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod of the job. `pool` is `trainer` or the name of a rollout pool."""
+    """A pod of the job. `pool` is `trainer`, `old-policy` or the name of a rollout pool."""
 
     name: str
     uid: str
@@ -136,7 +136,7 @@ class TrainerJob:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A rollout pool as it is."""
+    """A pool of workers as it is."""
 
     name: str
     uid: str

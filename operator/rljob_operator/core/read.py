@@ -78,7 +78,7 @@ def trainer_job(found: Object) -> TrainerJob:
 
 
 def deployment(found: Object) -> Deployment:
-    """A rollout pool."""
+    """A pool of workers."""
     meta = found["metadata"]
     return Deployment(
         name=meta["name"],
@@ -98,7 +98,7 @@ def child(found: Object) -> Child:
 
 
 def pod(found: Object) -> Pod:
-    """A trainer or rollout pod."""
+    """A pod of the job."""
     meta, status = found["metadata"], found.get("status") or {}
     labels = meta.get("labels") or {}
     pool = labels.get(names.LABEL_POOL, "")

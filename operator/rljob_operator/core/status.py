@@ -5,6 +5,7 @@ Each condition's message is a sentence, with the next action where there is one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
@@ -12,7 +13,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel
 
 from rljob_api.conditions import Condition, condition_of, set_condition
-from rljob_api.names import TRAINER_POOL
+from rljob_api.messages import StepReport
+from rljob_api.names import OLD_POLICY_POOL, TRAINER_POOL, pool_name
 from rljob_api.reasons import ConditionType, Reason
 from rljob_api.spec import RLJobSpec
 from rljob_api.status import (
@@ -30,6 +32,7 @@ from rljob_api.status import (
 from rljob_operator.core import stuck
 from rljob_operator.core.observed import Observed, Pod
 from rljob_operator.core.pods import living
+from rljob_operator.core.worker_pools import WorkerPool, old_policy_pools, rollout_pools, worker_pools
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -106,6 +109,12 @@ def holds(status: RLJobStatus, kind: ConditionType) -> bool:
     return condition is not None and condition.status == "True"
 
 
+def running_parts(spec: RLJobSpec | None) -> tuple[ConditionType, ...]:
+    """The conditions that all hold while the job runs as asked; once they did, it has started."""
+    parts = (ConditionType.TRAINER_READY, ConditionType.ROLLOUTS_READY)
+    return (*parts, ConditionType.OLD_POLICY_READY) if spec is not None and spec.old_policy_pool is not None else parts
+
+
 # ------------------------------------------------------------------------------------------------------------ observing
 
 
@@ -113,9 +122,10 @@ def summarised(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> RLJo
     """The status with everything that can be seen again brought up to date; conditions of the parts included."""
     progress = observed.progress
     step = progress.step
-    pools = tuple(_pool(observed, spec, pool.name, pool.replicas) for pool in spec.rollout_pools)
-    ready = sum(pool.ready for pool in pools)
-    desired = sum(pool.desired for pool in pools)
+    pools = tuple(_pool(observed, spec, pool) for pool in worker_pools(spec))
+    rollouts = [pool for pool in pools if pool.name != OLD_POLICY_POOL]
+    ready = sum(pool.ready for pool in rollouts)
+    desired = sum(pool.desired for pool in rollouts)
     weights = _weights(observed, status)
     staleness = status.staleness
     correction = status.correction
@@ -159,20 +169,21 @@ def summarised(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> RLJo
         result,
         _trainer_verdict(observed, spec, trainer),
         _rollouts_verdict(observed, spec, pools),
+        *_old_policy_verdict(observed, spec, pools),
         _converged_verdict(observed),
         _degraded_verdict(observed),
     )
 
 
-def _pool(observed: Observed, spec: RLJobSpec, name: str, replicas: int | None) -> PoolStatus:
-    pods = [pod for pod in observed.pods_of(name) if pod.deleted_at is None]
-    deployment = next((item for item in observed.deployments if item.pool == name), None)
-    desired = replicas if replicas is not None else (deployment.replicas if deployment is not None else 0)
+def _pool(observed: Observed, spec: RLJobSpec, pool: WorkerPool) -> PoolStatus:
+    pods = [pod for pod in observed.pods_of(pool.name) if pod.deleted_at is None]
+    deployment = next((item for item in observed.deployments if item.pool == pool.name), None)
+    desired = pool.replicas if pool.replicas is not None else (deployment.replicas if deployment is not None else 0)
     coordination = observed.progress.coordination
     late = coordination.laggards if coordination is not None else ()
     names = {pod.name for pod in pods}
     return PoolStatus(
-        name=name,
+        name=pool.name,
         desired=0 if spec.suspend else desired,
         ready=sum(pod.is_ready for pod in pods),
         restarts=sum(container.restarts for pod in pods for container in pod.containers),
@@ -210,6 +221,10 @@ def _correction(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> Cor
     return CorrectionStatus(
         route=spec.correction.old_logprobs,
         exact_fraction=f"{step.exact_fraction:.3f}",
+        keep_fraction=f"{step.keep_fraction:.3f}",
+        clip_fraction=f"{step.clip_fraction:.3f}",
+        pooled_fraction=_pooled(step),
+        leak=status.correction.leak if step.audit is None else f"{step.audit.leak_rms:.7f}",
         interruptions=interruptions,
         tokens=TokenCounts(
             trained=step.tokens_trained,
@@ -218,6 +233,11 @@ def _correction(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> Cor
             lost=lost,
         ),
     )
+
+
+def _pooled(step: StepReport) -> str | None:
+    pool = step.pool
+    return None if pool is None or pool.stale_tokens == 0 else f"{pool.pooled_tokens / pool.stale_tokens:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------- conditions of the parts
@@ -241,27 +261,43 @@ def _trainer_verdict(observed: Observed, spec: RLJobSpec, pods: list[Pod]) -> Ve
 
 
 def _rollouts_verdict(observed: Observed, spec: RLJobSpec, pools: tuple[PoolStatus, ...]) -> Verdict:
-    kind = ConditionType.ROLLOUTS_READY
-    missing = [
-        (pool.name, status.ready, pool.min_replicas)
-        for pool, status in zip(spec.rollout_pools, pools, strict=True)
-        if status.ready < pool.min_replicas
-    ]
+    kind, ready = ConditionType.ROLLOUTS_READY, {pool.name: pool.ready for pool in pools}
+    missing = [pool for pool in rollout_pools(spec) if ready[pool.name] < pool.least]
     if not missing:
-        ready = sum(pool.ready for pool in pools)
-        return Verdict(kind, "True", Reason.RUNNING, _count(ready, "rollout pod is ready", "rollout pods are ready"))
-    pods = [pod for pod in observed.pods if pod.pool != TRAINER_POOL]
-    clues = [w for w in observed.clues if w.kind != "Job"]
+        number = sum(ready[pool.name] for pool in rollout_pools(spec))
+        return Verdict(kind, "True", Reason.RUNNING, _count(number, "rollout pod is ready", "rollout pods are ready"))
+    pods = [pod for pod in observed.pods if pod.pool not in (TRAINER_POOL, OLD_POLICY_POOL)]
+    others = pool_name(observed.identity.name, OLD_POLICY_POOL)
+    clues = [clue for clue in observed.clues if clue.kind != "Job" and clue.name != others]
     cause = stuck.cause([pod for pod in living(pods, observed.now) if not pod.is_ready], clues)
     if cause is not None:
         return Verdict(kind, "False", cause.reason, cause.message)
-    name, ready, least = missing[0]
+    first = missing[0]
     return Verdict(
         kind,
         "False",
         Reason.PODS_NOT_READY,
-        f"Pool {name} has {ready} ready pods of the {least} that minReplicas asks for.",
+        f"Pool {first.name} has {ready[first.name]} ready pods of the {first.least} that minReplicas asks for.",
     )
+
+
+def _old_policy_verdict(observed: Observed, spec: RLJobSpec, pools: tuple[PoolStatus, ...]) -> Iterator[Verdict]:
+    """Of a job that has such a pool."""
+    kind = ConditionType.OLD_POLICY_READY
+    for pool in old_policy_pools(spec):
+        ready = next(status.ready for status in pools if status.name == pool.name)
+        if ready >= pool.least:
+            said = _count(ready, "old-policy worker is ready", "old-policy workers are ready")
+            yield Verdict(kind, "True", Reason.RUNNING, said)
+            continue
+        own = pool_name(observed.identity.name, pool.name)
+        pods = [pod for pod in living(observed.pods_of(pool.name), observed.now) if not pod.is_ready]
+        cause = stuck.cause(pods, [clue for clue in observed.clues if clue.kind == "Pod" or clue.name == own])
+        if cause is not None:
+            yield Verdict(kind, "False", cause.reason, cause.message)
+        else:
+            said = f"Pool {pool.name} has {ready} ready pods of the {pool.least} that the job needs."
+            yield Verdict(kind, "False", Reason.PODS_NOT_READY, said)
 
 
 def _converged_verdict(observed: Observed) -> Verdict:
@@ -327,19 +363,19 @@ def _degraded_verdict(observed: Observed) -> Verdict:
 def ready_verdict(observed: Observed, spec: RLJobSpec, status: RLJobStatus) -> Verdict:
     """The summary, from the conditions of the parts."""
     kind = ConditionType.READY
-    trainer = condition_of(status.conditions, ConditionType.TRAINER_READY)
-    rollouts = condition_of(status.conditions, ConditionType.ROLLOUTS_READY)
-    for part in (trainer, rollouts):
+    parts = [condition_of(status.conditions, part) for part in running_parts(spec)]
+    for part in parts:
         if part is not None and part.status != "True" and part.reason != Reason.PODS_NOT_READY:
             return Verdict(
                 kind, "False", part.reason if isinstance(part.reason, Reason) else Reason.STARTING, part.message
             )
-    if trainer is None or rollouts is None or trainer.status != "True" or rollouts.status != "True":
+    if any(part is None or part.status != "True" for part in parts):
         if observed.status.started_time is not None:
-            reason = Reason.RESTARTING if trainer is None or trainer.status != "True" else Reason.PODS_NOT_READY
+            trains = holds(status, ConditionType.TRAINER_READY)
+            reason = Reason.PODS_NOT_READY if trains else Reason.RESTARTING
         else:
             reason = Reason.STARTING
-        said = " ".join(part.message for part in (trainer, rollouts) if part is not None and part.status != "True")
+        said = " ".join(part.message for part in parts if part is not None and part.status != "True")
         return Verdict(kind, "False", reason, said or "Children are being made.")
     return Verdict(kind, "True", Reason.TRAINING, f"The job trains; {spec.training.steps} steps are asked for.")
 

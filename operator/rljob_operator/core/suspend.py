@@ -9,11 +9,10 @@ from rljob_api.status import RLJobStatus
 from rljob_operator.core.observed import Observed
 from rljob_operator.core.plan import Action, Delete, Event, Merge, Plan
 from rljob_operator.core.pods import present
-from rljob_operator.core.status import Verdict, changed, holds, is_urgent, summarised, with_conditions
+from rljob_operator.core.status import Verdict, changed, holds, is_urgent, running_parts, summarised, with_conditions
 
 _SUSPENDED = "The job is suspended and has no pods. Set spec.suspend to false to go on from the last checkpoint."
 _NOT_STARTED = "The job is suspended and has not begun. Set spec.suspend to false to start it."
-_PARTS = (ConditionType.TRAINER_READY, ConditionType.ROLLOUTS_READY, ConditionType.WEIGHTS_CONVERGED)
 _SUSPENDING = "The trainer checkpoints and the pods are going away."
 
 
@@ -36,7 +35,7 @@ def suspend(observed: Observed, spec: RLJobSpec) -> Plan:
             Verdict(ConditionType.READY, "False", Reason.SUSPENDED, message),
             *(
                 Verdict(part, "False", Reason.SUSPENDED, "The job is suspended.")
-                for part in _PARTS
+                for part in (*running_parts(spec), ConditionType.WEIGHTS_CONVERGED)
                 if observed.status.attempt
             ),
         )

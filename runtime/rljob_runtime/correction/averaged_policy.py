@@ -19,7 +19,7 @@ from rljob_api.messages import EwmaReport
 from rljob_api.spec import Correction, Ewma, Fallback, OldLogprobs
 from rljob_runtime.correction.ewma import WeightEwma
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
-from rljob_runtime.correction.snapshots import PublishedParameters
+from rljob_runtime.correction.published import PublishedParameters
 
 
 class AverageState(FrozenModel):

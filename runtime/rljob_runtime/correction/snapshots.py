@@ -1,67 +1,141 @@
 """Old weight versions in host memory, and the switch that lets the trainer's own model score with them.
 
 A cache of published versions: what is not here any more can be loaded again from its published file.
+
+The newest version is held whole, in the compute type, each older one as its difference to the next newer one: a chain
+that ends at the newest. A version that is saved, loaded or dropped changes the one before it and no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rljob_api.errors import BlobCorrupt
+from rljob_api.errors import BlobCorrupt, StorageError, StorageFull
+from rljob_runtime.correction.published import PublishedParameters, local_shard
+from rljob_runtime.correction.residency import Residency
+from rljob_runtime.correction.reverse_delta import Bits, Layout, ReverseDelta, compose, difference, whole
+from rljob_runtime.correction.spill import SpillFolder
+from rljob_runtime.correction.switching import Overwritten, bits_of
 
 
-class PublishedParameters(Protocol):
-    """What a snapshot is taken of: sharded fp32 masters under their published names, tied ones once."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """One version of this rank's shards."""
 
-    def published_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+    tensors: Mapping[str, ReverseDelta]
+    """By parameter name."""
+    content: int
+    """The same while it is encoded anew, another when other weights get the version's number."""
+    file: Path | None = None
+    """Where the data lies; None: in memory."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(delta.num_bytes for delta in self.tensors.values())
+
+
+_Chain = dict[int, _Kept]
 
 
 class SnapshotStore:
-    """Full copies of this rank's shards, in the compute type, by weight version.
+    """This rank's shards by weight version, losslessly compressed against each other.
 
-    Every rank must save, load, drop and hold the same versions in the same order: each keeps its own part of a version.
+    Every rank must save, load, drop, evict and hold the same versions in the same order: each keeps its own part.
     """
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, compute_dtype: torch.dtype, *, memory_bytes: int | None = None, spill_directory: Path | None = None
+    ) -> None:
+        """
+        Args:
+            compute_dtype: type of the published weights.
+            memory_bytes: bound on `num_bytes`; None is no bound. While a version is saved or loaded there is one whole
+                copy more.
+            spill_directory: this process's own; takes the oldest versions that are over the bound. None: over the
+                bound is an error.
+
+        Raises:
+            StorageError: the directory cannot be used.
+        """
         self._compute_dtype = compute_dtype
-        self._shards: dict[int, dict[str, Tensor]] = {}
+        self._memory_bytes = memory_bytes
+        self._spill = None if spill_directory is None else SpillFolder(spill_directory)
+        self._chain: _Chain = {}
+        self._contents = 0
+        self._needed: frozenset[int] = frozenset()
+        self._residency = Residency()
 
     @property
     def versions(self) -> tuple[int, ...]:
         """Versions held, ascending."""
-        return tuple(sorted(self._shards))
+        return tuple(sorted(self._chain))
 
     @property
     def num_bytes(self) -> int:
         """Host memory that this rank's snapshots take."""
-        return sum(shard.nbytes for shards in self._shards.values() for shard in shards.values())
+        return _in_memory(self._chain)
+
+    @property
+    def num_spilled_bytes(self) -> int:
+        """Local disk that they take."""
+        return sum(kept.num_bytes for kept in self._chain.values() if kept.file is not None)
+
+    @property
+    def density(self) -> float:
+        """Share of elements in which a version differs from the next newer one, over all that have one; 0 without."""
+        deltas = [delta for version in self.versions[:-1] for delta in self._chain[version].tensors.values()]
+        return sum(delta.changed for delta in deltas) / max(1, sum(delta.size for delta in deltas))
+
+    @property
+    def copies(self) -> float:
+        """All versions' bytes, in memory and on disk, over those of one whole copy; 0 where none is held."""
+        if not self._chain:
+            return 0.0
+        return (self.num_bytes + self.num_spilled_bytes) / max(1, self._chain[self.versions[-1]].num_bytes)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Heed the steps of the policy's optimizer: a switch between `save` and the next step then costs little.
+
+        Once it is watched, nothing but this optimizer may write to the policy's weights without putting them back.
+        """
+        self._residency.watch(optimizer)
 
     def save(self, version: int, policy: PublishedParameters) -> None:
-        """Keep the policy's present weights, rounded to the compute type as publication rounds them."""
-        self._shards[version] = {
-            name: _local(parameter).to("cpu", self._compute_dtype, copy=True)
-            for name, parameter in policy.published_parameters()
-        }
+        """Keep the policy's present weights, rounded to the compute type as publication rounds them.
 
-    def drop(self, version: int) -> None:
-        """Forget a version; one that is not held is no error."""
-        self._shards.pop(version, None)
+        Raises:
+            StorageFull: they do not fit the bound, or the disk; all is as it was.
+            StorageError: the disk cannot be written.
+        """
+        self._insert(
+            version,
+            {
+                name: bits_of(local_shard(parameter).to("cpu", self._compute_dtype, copy=True))
+                for name, parameter in policy.published_parameters()
+            },
+        )
+        self._residency.record(self._chain[version].content, policy)
 
     def load_full(self, version: int, policy: PublishedParameters, path: Path) -> None:
         """Keep the version that a published safetensors file holds; each rank reads its own part of it.
 
+        It may be older or newer than those held, or between them.
+
         Raises:
             BlobCorrupt: the file cannot be read, or a tensor is missing or of another shape or type than the policy's.
+            StorageFull: it does not fit the bound, or the disk; all is as it was.
+            StorageError: the disk cannot be written.
         """
-        shards: dict[str, Tensor] = {}
+        shards: dict[str, Bits] = {}
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name, parameter in policy.published_parameters():
@@ -71,10 +145,45 @@ class SnapshotStore:
                             f"version {version}: {name} in {path} is {full.dtype} {list(full.shape)}, "
                             f"the policy's is {self._compute_dtype} {list(parameter.shape)}"
                         )
-                    shards[name] = _shard_like(full, parameter)
+                    shards[name] = bits_of(_shard_like(full, parameter))
         except (SafetensorError, OSError) as error:
             raise BlobCorrupt(f"version {version} cannot be read from {path}: {error}") from error
-        self._shards[version] = shards
+        self._insert(version, shards)
+
+    def retain(self, counts: Mapping[int, int]) -> None:
+        """Tokens that may still have to be scored, by weight version: `evict` leaves these versions alone.
+
+        The counts take the place of all earlier ones.
+        """
+        self._needed = frozenset(version for version, tokens in counts.items() if tokens > 0)
+
+    def evict(self, oldest_allowed: int) -> tuple[int, ...]:
+        """Drop versions below the bound that no retained token names; those that were dropped, ascending.
+
+        Raises:
+            StorageError: as `drop`.
+        """
+        dropped = tuple(v for v in self.versions if v < oldest_allowed and v not in self._needed)
+        for version in dropped:
+            self.drop(version)
+        return dropped
+
+    def drop(self, version: int) -> None:
+        """Forget a version, needed or not; one that is not held is no error.
+
+        Raises:
+            StorageError: the version before it was on disk and could not be written anew; all is as it was.
+        """
+        if version in self._chain:
+            self._commit(_without(self._chain, version))
+
+    def close(self) -> None:
+        """Forget all versions and delete their files."""
+        self._chain = {}
+        self._residency.forget()
+        if self._spill is not None:
+            self._spill.close()
+            self._spill = None
 
     @contextmanager
     def held(self, version: int, policy: PublishedParameters) -> Iterator[None]:
@@ -85,25 +194,121 @@ class SnapshotStore:
         Raises:
             KeyError: the version is not held here.
         """
-        if version not in self._shards:
+        if version not in self._chain:
             raise KeyError(f"version {version} is not among the snapshots {self.versions}")
-        shards = self._shards[version]
-        local = {name: _local(parameter) for name, parameter in policy.published_parameters()}
-        # On the host: a second set of fp32 masters does not fit on a device that the first one fills.
-        masters = {name: tensor.to("cpu", copy=True) for name, tensor in local.items()}
+        resident, inside = self._residency.content(policy), None
+        self._residency.forget()
+        overwritten = Overwritten()
         try:
-            for name, tensor in local.items():
-                tensor.copy_(shards[name])
+            self._switch(version, resident, policy, overwritten)
+            inside = self._residency.stamp(policy)
             yield
         finally:
-            for name, tensor in local.items():
-                tensor.copy_(masters[name])
+            is_undisturbed = inside == self._residency.stamp(policy)
+            overwritten.restore()
+            self._residency.forget()
+            if resident is not None and is_undisturbed:
+                self._residency.record(resident, policy)
+
+    def _switch(self, version: int, content: int | None, policy: PublishedParameters, to: Overwritten) -> None:
+        resident = next((v for v, kept in self._chain.items() if kept.content == content), None)
+        for name, parameter in policy.published_parameters():
+            masters = local_shard(parameter).view(-1)
+            way_back = self._way_back(version, resident, name)
+            if way_back is None:
+                to.switch(masters, _bits(self._chain, version, name), self._compute_dtype)
+                continue
+            for delta in way_back:
+                to.write(masters, delta.indices(), delta.values, self._compute_dtype)
+
+    def _way_back(self, version: int, resident: int | None, name: str) -> list[ReverseDelta] | None:
+        """Deltas that lead from the resident version to an older one; None where elements must be compared."""
+        if resident not in self._chain or resident < version:
+            return None
+        passed = [v for v in reversed(self.versions) if version <= v < resident]
+        deltas = [self._chain[v].tensors[name] for v in passed]
+        return None if any(delta.layout is Layout.WHOLE for delta in deltas) else deltas
+
+    def _insert(self, version: int, shards: Mapping[str, Bits]) -> None:
+        chain = _without(self._chain, version) if version in self._chain else self._chain
+        self._contents += 1
+        self._commit(_with(chain, version, shards, self._contents))
+
+    def _commit(self, chain: _Chain) -> None:
+        """Take a chain in place of the present one, within the bound."""
+        chain = self._within_bound(chain)
+        kept = {of_version.file for of_version in chain.values()}
+        gone = [of_version.file for of_version in self._chain.values() if of_version.file not in kept]
+        self._chain = chain
+        for file in gone:
+            if file is not None and self._spill is not None:
+                self._spill.remove(file)
+
+    def _within_bound(self, chain: _Chain) -> _Chain:
+        """The chain, its oldest versions on disk as far as memory has no room for them."""
+        if self._memory_bytes is None or _in_memory(chain) <= self._memory_bytes:
+            return chain
+        if self._spill is None:
+            raise StorageFull(
+                f"weight versions {', '.join(map(str, sorted(chain)))} take {_in_memory(chain):,} bytes of this "
+                f"process's memory, and correction.snapshots.memoryBytes is {self._memory_bytes:,}: raise "
+                "correction.snapshots.memoryBytes, set correction.snapshots.spill or lower staleness.maxVersions"
+            )
+        chain, written = dict(chain), list[Path]()
+        try:
+            for version in sorted(chain):
+                if chain[version].file is None and _in_memory(chain) > self._memory_bytes:
+                    file, mapped = self._spill.write(version, chain[version].tensors)
+                    written.append(file)
+                    chain[version] = replace(chain[version], tensors=mapped, file=file)
+        except StorageError:
+            for file in written:
+                self._spill.remove(file)
+            raise
+        return chain
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter, sharing its memory."""
-    detached = parameter.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+def _in_memory(chain: _Chain) -> int:
+    return sum(kept.num_bytes for kept in chain.values() if kept.file is None)
+
+
+def _bits(chain: _Chain, version: int, name: str) -> Bits:
+    """One tensor of a version, whole; a copy."""
+    path = []
+    for newer in sorted(v for v in chain if v >= version):
+        path.append(chain[newer].tensors[name])
+        if path[-1].layout is Layout.WHOLE:
+            break
+    bits: Bits = np.array(path.pop().values)
+    for delta in reversed(path):
+        delta.overwrite(bits)
+    return bits
+
+
+def _with(chain: _Chain, version: int, shards: Mapping[str, Bits], content: int) -> _Chain:
+    """The chain with one version more."""
+    older = max((v for v in chain if v < version), default=None)
+    newer = min((v for v in chain if v > version), default=None)
+    inserted, before = dict[str, ReverseDelta](), dict[str, ReverseDelta]()
+    for name, bits in shards.items():
+        inserted[name] = whole(bits) if newer is None else difference(bits, _bits(chain, newer, name))
+        if older is not None:
+            before[name] = difference(_bits(chain, older, name), bits)
+    extended = chain | {version: _Kept(inserted, content)}
+    if older is not None:
+        extended[older] = _Kept(before, chain[older].content)
+    return extended
+
+
+def _without(chain: _Chain, version: int) -> _Chain:
+    """The chain with one version less."""
+    rest = {v: kept for v, kept in chain.items() if v != version}
+    older = max((v for v in rest if v < version), default=None)
+    if older is not None:
+        gone = chain[version].tensors
+        composed = {name: compose(delta, gone[name]) for name, delta in chain[older].tensors.items()}
+        rest[older] = _Kept(composed, chain[older].content)
+    return rest
 
 
 def _shard_like(full: Tensor, parameter: nn.Parameter) -> Tensor:

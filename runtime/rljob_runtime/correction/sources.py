@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rljob_api.spec import Fallback, OldLogprobs
-from rljob_runtime.correction.snapshots import PublishedParameters, SnapshotStore
+from rljob_runtime.correction.published import PublishedParameters
+from rljob_runtime.correction.snapshots import SnapshotStore
 
 
 class Source(IntEnum):
@@ -77,6 +78,16 @@ class SampledRow(Protocol):
     def known_logprobs(self) -> NDArray[np.float32]: ...
     @property
     def known_source(self) -> NDArray[np.int8]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Old log-probabilities of one trajectory that were scored ahead of the step."""
+
+    logprobs: NDArray[np.float32]
+    """[T], 0 where there is none."""
+    source: NDArray[np.int8]
+    """[T], POOL or DEDICATED; NONE where there is none."""
 
 
 class HeldWeights(Protocol):

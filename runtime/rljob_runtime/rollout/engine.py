@@ -6,6 +6,7 @@ the passed probe, so an engine never has to decide what a request means under ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -36,14 +37,30 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """What came back. `len(tokens) == len(logprobs)` always, also when aborted; spans cover all tokens in order."""
+class Sampled:
+    """Model tokens in order. `len(tokens) == len(logprobs)` always; spans cover all tokens in order, from 0 on."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     """Processed (after temperature), fp32: log mu of each sampled token."""
     spans: tuple[VersionSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation(Sampled):
+    """What came back at the end, and what the end was."""
+
     finish: Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The wish to have a request's tokens while it runs."""
+
+    every_tokens: int
+    """At most so many wait in the engine; the first comes by itself."""
+    take: Callable[[Sampled], None]
+    """Gets what was sampled since its last call, in the engine's event loop: it must not wait."""
 
 
 class InferenceEngine(Protocol):
@@ -56,8 +73,10 @@ class InferenceEngine(Protocol):
             EngineError: the engine could not start.
         """
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
         """Run one request to its end or until `pause` aborts it. Cancelling the caller aborts the request.
+
+        `progress` takes tokens while it runs; what comes back then is the rest, after the last that it took.
 
         Raises:
             EngineError: the engine refused the request or died.

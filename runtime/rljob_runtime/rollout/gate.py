@@ -2,7 +2,8 @@
 
 Open, requests pass. Shut, none is admitted, those in flight were aborted and have come back with their tokens, and each
 waits to go on as prompt + tokens under the next version. An episode sees one `generate` that returns when its turn is
-complete, however often it was interrupted. Between `shut` and `open` belongs only: apply, resume, probe (invariant 8).
+complete, however often it was interrupted. Between `shut` and `open` belongs only: apply, resume, probe (invariant 8), and
+on the interruption route the time for which a barrier holds it shut, which is counted by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from rljob_api.errors import DeadlineExceeded, EngineError
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, InferenceEngine
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, InferenceEngine, Progress, Sampled
 from rljob_runtime.rollout.partial import PartialRollout
 from rljob_runtime.rollout.tally import Tally
 
@@ -33,7 +34,8 @@ class Gate:
     """Starts shut: the first version opens it.
 
     `clock` gives monotonic seconds. `generation_seconds` bounds one request in the engine: no wait without a deadline;
-    `spurious_abort_seconds` is what the wait after an abort that nobody ordered grows by.
+    `spurious_abort_seconds` is what the wait after an abort that nobody ordered grows by. `progress_tokens`: a longer turn's
+    tokens reach its partial while it is generated, each time that many are new; 0: only when the engine returns.
     """
 
     def __init__(
@@ -44,12 +46,15 @@ class Gate:
         *,
         generation_seconds: float = 3600.0,
         spurious_abort_seconds: float = 0.01,
+        progress_tokens: int = 0,
     ) -> None:
         self._engine = engine
         self._tally = tally
         self._clock = clock
         self._generation_seconds = generation_seconds
         self._spurious_abort_seconds = spurious_abort_seconds
+        self._progress_tokens = progress_tokens
+        self._shutting = asyncio.Lock()
         self._opened = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -57,6 +62,10 @@ class Gate:
         self._busy_since = 0.0
         self._busy_seconds = 0.0
         self._shut_at: float | None = None
+        self._held_at: float | None = None
+        self._held_seconds = 0.0
+        self._held_before = 0.0
+        """`held_seconds` when the gate was shut."""
         self._partials: set[PartialRollout] = set()
         self._pauses: deque[float] = deque(maxlen=PAUSES_KEPT)
 
@@ -84,6 +93,18 @@ class Gate:
         """How long the gate was shut at each of the last interruptions, oldest first."""
         return tuple(self._pauses)
 
+    @property
+    def held_seconds(self) -> float:
+        """Time for which the gate was held shut for something else than a swap, since the start."""
+        return self._held_seconds + (0.0 if self._held_at is None else self._clock() - self._held_at)
+
+    def hold(self, is_held: bool) -> None:
+        """From now on the time behind the shut gate counts as held, or no longer; it is no pause then."""
+        if is_held and self._held_at is None:
+            self._held_at = self._clock()
+        elif not is_held:
+            self._held_seconds, self._held_at = self.held_seconds, None
+
     @contextmanager
     def partial(self) -> Iterator[PartialRollout]:
         """A new partial rollout, in flight until the block ends; its end says in the tally where the tokens went."""
@@ -106,6 +127,13 @@ class Gate:
         attempts = 0
         tokens: tuple[int, ...] = ()
         spurious = 0
+
+        def take(sampled: Sampled) -> None:
+            nonlocal tokens
+            self._tally.partials_continued += partial.take(sampled)
+            self._tally.tokens_generated += len(sampled.tokens)
+            tokens += sampled.tokens
+
         while True:
             while not self._opened.is_set():  # it may have shut again before this task came to run
                 await self._opened.wait()
@@ -115,17 +143,18 @@ class Gate:
                 prompt=request.prompt + tokens,
                 max_tokens=request.max_tokens - len(tokens),
             )
-            part = await self._submit(attempt)
-            self._tally.partials_continued += partial.take(part)
-            self._tally.tokens_generated += len(part.tokens)
+            before = len(tokens)
+            wants_progress = 0 < self._progress_tokens < attempt.max_tokens
+            progress = Progress(self._progress_tokens, take) if wants_progress else None
+            part = await self._submit(attempt, progress)
+            take(part)
             attempts += 1
-            tokens += part.tokens
             finish = _finish(part, tokens, request)
             if finish != "aborted":
                 return finish
             if self.is_open:
                 self._tally.spurious_aborts += 1
-                spurious = 0 if part.tokens else spurious + 1
+                spurious = 0 if len(tokens) > before else spurious + 1
                 if spurious > MAX_SPURIOUS_ABORTS:
                     raise EngineError(
                         f"the engine aborted request {request.request_id} {spurious} times though nobody paused it"
@@ -135,15 +164,17 @@ class Gate:
     async def shut(self, deadline_seconds: float) -> None:
         """Admit nothing more, abort what is in flight and wait until all of it came back with its tokens.
 
+        Shut already, it pauses the engine again.
+
         Raises:
             DeadlineExceeded: requests are still in the engine; it must be restarted.
             EngineError: the engine could not pause.
         """
         if self._opened.is_set():
             self._opened.clear()
-            self._shut_at = self._clock()
+            self._shut_at, self._held_before = self._clock(), self.held_seconds
         try:
-            async with asyncio.timeout(deadline_seconds):
+            async with asyncio.timeout(deadline_seconds), self._shutting:
                 while True:
                     await self._engine.pause()
                     try:
@@ -157,28 +188,32 @@ class Gate:
                 f"{self._in_engine} requests did not return within {deadline_seconds:g} s of the engine's pause"
             ) from error
 
-    def open(self) -> None:
-        """Let requests pass again: the new version is loaded and proven. Counts the interruption that ends here."""
+    def open(self, *, is_interruption: bool = True) -> None:
+        """Let requests pass again: the version is loaded and proven.
+
+        Counts the interruption that ends here; it is none where the version is the one from before.
+        """
         if self._opened.is_set():
             return
-        if self._shut_at is not None:
-            self._pauses.append(self._clock() - self._shut_at)
-            self._shut_at = None
+        self.hold(False)
+        if self._shut_at is not None and is_interruption:
+            self._pauses.append(self._clock() - self._shut_at - (self._held_seconds - self._held_before))
             self._tally.interruptions += 1
             for partial in self._partials:
                 if partial.num_model_tokens:
                     partial.interruptions += 1
                     self._tally.tokens_salvaged += partial.num_model_tokens
+        self._shut_at = None
         self._opened.set()
 
-    async def _submit(self, request: GenerationRequest) -> Generation:
+    async def _submit(self, request: GenerationRequest, progress: Progress | None) -> Generation:
         if self._in_engine == 0:
             self._busy_since = self._clock()
             self._idle.clear()
         self._in_engine += 1
         try:
             async with asyncio.timeout(self._generation_seconds):
-                return await self._engine.generate(request)
+                return await self._engine.generate(request, progress)
         except TimeoutError as error:
             raise EngineError(
                 f"request {request.request_id} did not end within {self._generation_seconds:g} s"

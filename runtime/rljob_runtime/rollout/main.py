@@ -15,6 +15,7 @@ from rljob_api.names import ENV_ACCELERATOR, ENV_TERMINATION_FILE, JobNames
 from rljob_api.pools import RolloutPool
 from rljob_api.pools import VllmEngine as VllmPool
 from rljob_protocol import logs
+from rljob_protocol.ahead import SegmentLog
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_runtime import termination
@@ -71,6 +72,7 @@ async def _run(settings: RuntimeSettings, logger: logging.Logger) -> int:
         TrajectoryLog(link),
         blob_store(link, settings.weights_dir),
         lambda directory: make_engine(settings, pool, directory),
+        SegmentLog(link),
         engine_compute_type=engine_compute_type(settings, pool),
         lease_seconds=LEASE_SECONDS,
     )

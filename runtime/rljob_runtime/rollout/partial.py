@@ -6,11 +6,15 @@ ever taken back, so an interruption can neither lose nor repeat one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from rljob_api.errors import EngineError
-from rljob_api.messages import TrajectoryHeader
-from rljob_runtime.rollout.engine import Generation
+from rljob_api.messages import SegmentHeader, TrajectoryHeader
+from rljob_runtime.rollout.engine import Sampled
+from rljob_runtime.segment_codec import OpenSegment
 from rljob_runtime.trajectory_codec import Trajectory
 
 OBSERVED = -1
@@ -30,6 +34,8 @@ class PartialRollout:
         self._current_turn = OBSERVED
         self._turn_start = 0
         self._last_version: int | None = None
+        self.on_growth: Callable[[], None] | None = None
+        """Called after each `take`."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,38 +57,48 @@ class PartialRollout:
         """Model tokens of the current turn so far."""
         return tuple(self.tokens[self._turn_start :])
 
-    def take(self, generation: Generation) -> int:
+    def take(self, sampled: Sampled) -> int:
         """Append what the engine sampled for the current turn; the number of version changes that it went on across.
 
         Raises:
             EngineError: log-probabilities or spans do not cover the tokens: their versions would be a guess.
         """
-        count = len(generation.tokens)
-        versions = [span.version for span in generation.spans for _ in range(span.start, span.end)]
-        contiguous = all(a.end == b.start for a, b in zip(generation.spans, generation.spans[1:], strict=False))
-        starts_at_zero = not generation.spans or generation.spans[0].start == 0
-        if len(versions) != count or len(generation.logprobs) != count or not contiguous or not starts_at_zero:
+        count = len(sampled.tokens)
+        versions = [span.version for span in sampled.spans for _ in range(span.start, span.end)]
+        contiguous = all(a.end == b.start for a, b in zip(sampled.spans, sampled.spans[1:], strict=False))
+        starts_at_zero = not sampled.spans or sampled.spans[0].start == 0
+        if len(versions) != count or len(sampled.logprobs) != count or not contiguous or not starts_at_zero:
             raise EngineError(
-                f"the engine returned {count} tokens, {len(generation.logprobs)} log-probabilities and version spans "
-                f"{[(s.version, s.start, s.end) for s in generation.spans]}; they must cover the tokens in order"
+                f"the engine returned {count} tokens, {len(sampled.logprobs)} log-probabilities and version spans "
+                f"{[(s.version, s.start, s.end) for s in sampled.spans]}; they must cover the tokens in order"
             )
         changes = 0
         for version in versions:
             changes += self._last_version is not None and version != self._last_version
             self._last_version = version
-        self.tokens += generation.tokens
+        self.tokens += sampled.tokens
         self._turn += [self._current_turn] * count
         self._weight_version += versions
-        self._behavior_logprobs += generation.logprobs
+        self._behavior_logprobs += sampled.logprobs
         self.num_model_tokens += count
+        if count and self.on_growth is not None:
+            self.on_growth()
         return changes
 
     def trajectory(self, header: TrajectoryHeader) -> Trajectory:
         """The finished trajectory."""
-        return Trajectory(
-            header=header,
-            tokens=np.asarray(self.tokens, np.int32),
-            turn=np.asarray(self._turn, np.int32),
-            weight_version=np.asarray(self._weight_version, np.int32),
-            behavior_logprobs=np.asarray(self._behavior_logprobs, np.float32),
+        return Trajectory(header, *self._tensors(0, len(self)))
+
+    def segment(self, header: SegmentHeader, end: int) -> OpenSegment:
+        """Its tokens from `header.start` to `end`."""
+        return OpenSegment(header, *self._tensors(header.start, end))
+
+    def _tensors(
+        self, start: int, end: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+        return (
+            np.asarray(self.tokens[start:end], np.int32),
+            np.asarray(self._turn[start:end], np.int32),
+            np.asarray(self._weight_version[start:end], np.int32),
+            np.asarray(self._behavior_logprobs[start:end], np.float32),
         )

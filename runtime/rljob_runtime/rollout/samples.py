@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from rljob_api.errors import EngineError, EnvironmentFailure, MalformedMessage, ProtocolError, RljobError
 from rljob_api.messages import Task
 from rljob_protocol.logs import fields
 from rljob_protocol.streams import ClaimedTask, TaskQueue, TrajectoryLog
 from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings, failed_trajectory, run_episode
+from rljob_runtime.rollout.prefixes import PrefixSender
 from rljob_runtime.rollout.tally import Reason, Tally
 from rljob_runtime.trajectory_codec import encode_trajectory
 
@@ -47,6 +49,7 @@ class SampleRunner:
         max_concurrent: int,
         max_attempts: int,
         extend_seconds: float,
+        prefixes: PrefixSender | None = None,
     ) -> None:
         self._queue = queue
         self._log = log
@@ -58,6 +61,7 @@ class SampleRunner:
         self._max_concurrent = max_concurrent
         self._max_attempts = max_attempts
         self._extend_seconds = extend_seconds
+        self._prefixes = prefixes
         self._leases: dict[asyncio.Task[None], ClaimedTask] = {}
         self._delivering: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -67,6 +71,8 @@ class SampleRunner:
         self._end_reason = Reason.DRAINED
         self._logger = logging.getLogger(__name__)
         self.last_error = ""
+        self.last_sequence = 0
+        """Of the newest trajectory of this worker on the log."""
 
     @property
     def tasks(self) -> tuple[asyncio.Task[None], ...]:
@@ -148,7 +154,11 @@ class SampleRunner:
 
     async def _play(self, lease: ClaimedTask) -> bool:
         """One attempt at a sample; whether it has ended for good, so that the task can be acknowledged."""
-        with self._parts.gate.partial() as partial:
+        prefixes = self._prefixes
+        with (
+            self._parts.gate.partial() as partial,
+            nullcontext() if prefixes is None else prefixes.following(lease.task, lease.attempt, partial),
+        ):
             try:
                 trajectory = await run_episode(lease.task, lease.attempt, partial, self._parts, self._settings)
                 data = encode_trajectory(trajectory)
@@ -198,7 +208,10 @@ class SampleRunner:
         self._delivering.add(current)
         while True:
             try:
-                await self._log.append(task.task, task.sample, data, deadline_seconds=APPEND_DEADLINE_SECONDS)
+                sequence = await self._log.append(
+                    task.task, task.sample, data, deadline_seconds=APPEND_DEADLINE_SECONDS
+                )
+                self.last_sequence = max(self.last_sequence, sequence)
                 return
             except ProtocolError as error:  # an outage, or a full log: the lease is extended while we wait
                 self._logger.warning(

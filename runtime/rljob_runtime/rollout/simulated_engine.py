@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rljob_api.errors import EngineError, EnginePoisoned
 from rljob_api.pools import SimulatedEngine as SimulatedTimes
 from rljob_api.weights import WeightManifest
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, Progress, Sampled, VersionSpan
 from rljob_runtime.rollout.weight_file import ExpectedTensors, check_weight_file, expected_tensors
 
 DUMMY_WEIGHT = 1e-3
@@ -40,13 +40,27 @@ class _Running:
     version: int
     ready_at: float
     """When its prefill is through, in seconds of `time.monotonic`."""
+    progress: Progress | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    given: int = 0
+    """Tokens that `progress` took."""
 
     def end(self, finish: Literal["stop", "length", "aborted"]) -> None:
-        spans = (VersionSpan(self.version, 0, len(self.tokens)),) if self.tokens else ()
         if not self.done.done():
-            self.done.set_result(Generation(tuple(self.tokens), tuple(self.logprobs), spans, finish))
+            rest = self._since_last()
+            self.done.set_result(Generation(rest.tokens, rest.logprobs, rest.spans, finish))
+
+    def report(self) -> None:
+        if self.progress is not None and len(self.tokens) - self.given >= self.progress.every_tokens:
+            since = self._since_last()
+            self.given = len(self.tokens)
+            self.progress.take(since)
+
+    def _since_last(self) -> Sampled:
+        count = len(self.tokens) - self.given
+        spans = (VersionSpan(self.version, 0, count),) if count else ()
+        return Sampled(tuple(self.tokens[self.given :]), tuple(self.logprobs[self.given :]), spans)
 
 
 class SimulatedEngine:
@@ -80,7 +94,7 @@ class SimulatedEngine:
         self._vocab_size = int(config.vocab_size)
         self._stepper = asyncio.create_task(self._step_for_ever(), name="simulated-engine")
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
         """Run one request."""
         if self._unusable is not None:
             raise EngineError(f"request {request.request_id} was refused: {self._unusable}")
@@ -95,6 +109,7 @@ class SimulatedEngine:
             asyncio.get_running_loop().create_future(),
             version=self._version,
             ready_at=time.monotonic() + self._times.prefill_seconds,
+            progress=progress,
         )
         if self._paused:
             running.end("aborted")
@@ -203,6 +218,8 @@ class SimulatedEngine:
             running.end("length")
         if running.done.done():
             self._running.pop(request.request_id, None)
+        else:
+            running.report()
 
 
 async def _sleep_rest(device_seconds: float, started: float) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from rljob_api.errors import BlobCorrupt, EngineError, MalformedMessage, ProtocolError, StorageError
 from rljob_api.messages import PublishedVersion
 from rljob_api.weights import WeightManifest
-from rljob_protocol.worker import (
+from rljob_protocol.worker import identity
+from rljob_protocol.worker_events import (
     Applied,
     ApplyFailed,
     Fetched,
@@ -16,7 +17,7 @@ from rljob_protocol.worker import (
     GateShut,
     ProbeFailed,
     ProbePassed,
-    identity,
+    Resumed,
 )
 from rljob_runtime.rollout.engine import InferenceEngine
 from rljob_runtime.rollout.gate import Gate
@@ -68,6 +69,15 @@ class Swapper:
         """
         await self._gate.shut(deadline_seconds)
         return GateShut()
+
+    async def resume(self) -> Resumed:
+        """The engine schedules again with the version that it has, behind the gate.
+
+        Raises:
+            EngineError: it does not; it must be restarted.
+        """
+        await self._engine.resume()
+        return Resumed()
 
     async def apply(self, published: PublishedVersion) -> Applied | ApplyFailed:
         """The engine holds the version and schedules again, behind the gate."""

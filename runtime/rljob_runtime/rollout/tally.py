@@ -22,7 +22,7 @@ class Reason(StrEnum):
 
 @dataclass(slots=True)
 class Tally:
-    """Mutable counterpart of WorkerCounters; `tokens_in_flight` is measured, not counted."""
+    """Mutable counterpart of WorkerCounters; tokens in flight and the barrier's time are measured, not counted."""
 
     tokens_generated: int = 0
     tokens_delivered: int = 0
@@ -37,13 +37,15 @@ class Tally:
     swaps_failed: int = 0
     spurious_aborts: int = 0
     """Generations that the engine aborted though nobody had paused it; they were resubmitted."""
+    segments_sent: int = 0
+    segments_failed: int = 0
 
     def drop(self, reason: Reason, tokens: int) -> None:
         """Count model tokens that end here."""
         if tokens:
             self.tokens_dropped[reason.value] = self.tokens_dropped.get(reason.value, 0) + tokens
 
-    def counters(self, tokens_in_flight: int) -> WorkerCounters:
+    def counters(self, tokens_in_flight: int, barrier_seconds: float) -> WorkerCounters:
         """The totals as they go on the wire."""
         return WorkerCounters(
             tokens_generated=self.tokens_generated,
@@ -53,9 +55,12 @@ class Tally:
             tokens_salvaged=self.tokens_salvaged,
             tokens_lost=self.tokens_lost,
             interruptions=self.interruptions,
+            barrier_seconds=barrier_seconds,
             partials_continued=self.partials_continued,
             trajectories=self.trajectories,
             environment_failures=self.environment_failures,
             malformed=self.malformed,
             swaps_failed=self.swaps_failed,
+            segments_sent=self.segments_sent,
+            segments_failed=self.segments_failed,
         )

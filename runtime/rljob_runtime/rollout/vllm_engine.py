@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from rljob_api.errors import EngineError, EnginePoisoned
 from rljob_api.weights import WeightManifest
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, Progress, Sampled, VersionSpan
 from rljob_runtime.rollout.vllm_environment import prepare_environment
 from rljob_runtime.rollout.weight_file import ExpectedTensors, check_weight_file, expected_tensors
 
@@ -72,6 +72,8 @@ class VllmEngine:
         self._started: Any = None
         self._building: asyncio.Future[None] | None = None
         self._sampling: Callable[..., Any]
+        self._delta: Any = None
+        """The kind of output that brings tokens as they come, each once."""
         self._processes: tuple[BaseProcess, ...] = ()
         self._rendezvous: tuple[Path, ...] = ()
         self._expected: ExpectedTensors | None = None
@@ -81,6 +83,7 @@ class VllmEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._paused = False
+        self._loaded: int | None = None
         self._loading: int | None = None
         """Version whose update was begun and not finished. Stays set when it failed: the layers are then half loaded."""
 
@@ -106,30 +109,48 @@ class VllmEngine:
             await self.shutdown()
             raise EngineError(f"vLLM did not start with {self._directory}: {_text(error)}") from error
 
-    async def generate(self, request: GenerationRequest) -> Generation:
-        """Run one request to its end, or until `pause` aborts it; stops at `stop_token_ids` only."""
+    async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
+        """Run one request to its end, or until `pause` aborts it; stops at `stop_token_ids` only.
+
+        vLLM says only at the end which version sampled the tokens. Those that `progress` takes before carry the loaded
+        version, which cannot change beside a request; the end must confirm it.
+        """
+        given, loaded = 0, self._loaded
+
+        def take(output: Any) -> None:
+            nonlocal given
+            (part,) = output.outputs
+            tokens = tuple(int(token) for token in part.token_ids)
+            if progress is None or loaded is None or not tokens:
+                return
+            given += len(tokens)
+            spans = (VersionSpan(loaded, 0, len(tokens)),)
+            progress.take(Sampled(tokens, _logprobs_of(tokens, part.logprobs or ()), spans))
+
+        streamed: dict[str, Any] = {}
+        if progress is not None and loaded is not None:
+            streamed = {"output_kind": self._delta, "stream_interval": progress.every_tokens}
         output = await self._run(
             request.request_id,
             request.prompt,
+            take,
             temperature=request.temperature,
             max_tokens=request.max_tokens,
             stop_token_ids=list(request.stop_token_ids),
             ignore_eos=True,
             logprobs=0,
+            **streamed,
         )
         if output is None:
             return Generation(tokens=(), logprobs=(), spans=(), finish="aborted")
         (answer,) = output.outputs
         tokens = tuple(int(token) for token in answer.token_ids)
-        if tokens and not answer.weight_versions:
+        if (tokens or given) and not answer.weight_versions:
             raise EngineError(f"request {request.request_id}: the engine does not say which version sampled its tokens")
         return Generation(
             tokens=tokens,
             logprobs=_logprobs_of(tokens, answer.logprobs or ()),
-            spans=tuple(
-                VersionSpan(_version(span.version), int(span.start), int(span.end))
-                for span in answer.weight_versions or ()
-            ),
+            spans=_spans_after(given, loaded, answer.weight_versions or ()),
             finish=_finish(answer.finish_reason),
         )
 
@@ -171,7 +192,7 @@ class VllmEngine:
             raise EnginePoisoned(f"loading version {manifest.version} failed part-way: {_text(error)}") from error
         if not cleared:
             raise EnginePoisoned(f"the prefix cache was not cleared after version {manifest.version} was loaded")
-        self._loading = None
+        self._loaded, self._loading = manifest.version, None
 
     async def resume(self) -> None:
         """Schedule again."""
@@ -258,14 +279,20 @@ class VllmEngine:
         self._sampling = partial(
             SamplingParams, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True
         )
+        self._delta = RequestOutputKind.DELTA
         self._expected = expected_tensors(self._directory)
         before = set(multiprocessing.active_children())
         # Kept here only: what a thread returns stays in its future, and is finalised at the interpreter's end.
         self._started = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._processes = tuple(process for process in multiprocessing.active_children() if process not in before)
 
-    async def _run(self, name: str, prompt: tuple[int, ...], **sampling: Any) -> Any:
-        """Submit, and wait for the one output at the end; None where a paused engine did not take the request."""
+    async def _run(
+        self, name: str, prompt: tuple[int, ...], take: Callable[[Any], None] | None = None, **sampling: Any
+    ) -> Any:
+        """Submit, and wait for the output at the end; None where a paused engine did not take the request.
+
+        `take` gets the outputs before, where the request's kind has any.
+        """
         unknown = [token for token in prompt if token not in self._vocabulary]
         if unknown:  # without a tokenizer vLLM does not look, and the lookup ends the engine with all its requests
             raise EngineError(
@@ -276,13 +303,15 @@ class VllmEngine:
         self._in_flight.add(request_id)
         self._idle.clear()
         try:
-            return await self._call(f"request {name}", self._final_output(request_id, prompt, sampling))
+            return await self._call(f"request {name}", self._final_output(request_id, prompt, take, sampling))
         finally:
             self._in_flight.discard(request_id)
             if not self._in_flight:
                 self._idle.set()
 
-    async def _final_output(self, request_id: str, prompt: tuple[int, ...], sampling: dict[str, Any]) -> Any:
+    async def _final_output(
+        self, request_id: str, prompt: tuple[int, ...], take: Callable[[Any], None] | None, sampling: dict[str, Any]
+    ) -> Any:
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         # Typed "token", the prompt is taken as it is; a bare list would go through the tokenizer's thread.
@@ -291,6 +320,8 @@ class VllmEngine:
         try:
             async for output in self._llm.generate(tokens, self._sampling(**sampling), request_id):
                 last = output
+                if take is not None and not output.finished:
+                    take(output)
         except EngineGenerateError:
             # From 0.33 on an engine refuses what reaches it after its pause; 0.32 queues it, and `pause` aborts it.
             if self._paused:
@@ -334,6 +365,23 @@ def _logprobs_of(tokens: tuple[int, ...], entries: Any) -> tuple[float, ...]:
     if len(entries) != len(tokens):
         raise EngineError(f"the engine returned {len(entries)} log-probabilities for {len(tokens)} tokens")
     return tuple(float(entry[token].logprob) for token, entry in zip(tokens, entries, strict=True))
+
+
+def _spans_after(given: int, loaded: int | None, spans: Any) -> tuple[VersionSpan, ...]:
+    """Those of the tokens from `given` on, counted from there; the ones before must be of the loaded version.
+
+    Raises:
+        EngineError: tokens were given away under a version that did not sample them.
+    """
+    whole = [VersionSpan(_version(span.version), int(span.start), int(span.end)) for span in spans]
+    wrong = [span for span in whole if span.start < given and span.version != loaded]
+    if wrong:
+        raise EngineError(
+            f"tokens were sampled under version {wrong[0].version} while version {loaded} was the loaded one"
+        )
+    return tuple(
+        VersionSpan(span.version, max(0, span.start - given), span.end - given) for span in whole if span.end > given
+    )
 
 
 def _version(label: str) -> int:

@@ -11,42 +11,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rljob_api.errors import DeadlineExceeded, EngineError, ProtocolError, RljobError, SpecError, StorageError
-from rljob_api.messages import (
-    CoordinatorHeartbeat,
-    DesiredVersion,
-    JobSettings,
-    PublishedVersion,
-    WorkerPhase,
-    WorkerState,
-)
-from rljob_api.names import KEY_COORDINATOR, KEY_DESIRED, KEY_PUBLISHED, KEY_SETTINGS, worker_key
-from rljob_api.spec import RLJobSpec
+from rljob_api.messages import JobSettings, PublishedVersion, WorkerCounters, WorkerPhase, WorkerState
+from rljob_api.names import KEY_PUBLISHED, worker_key
+from rljob_api.spec import OldLogprobs, RLJobSpec
 from rljob_protocol import worker as machine
 from rljob_protocol.link import Link
 from rljob_protocol.logs import fields
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
-from rljob_protocol.worker import (
+from rljob_protocol.worker import WorkerSettings
+from rljob_protocol.worker_events import (
     Apply,
-    CoordinatorBeat,
-    DesiredSeen,
     DrainRequested,
     Event,
     Fetch,
     FetchFailed,
+    HandedOver,
+    HandOver,
+    HandOverFailed,
     OpenGate,
     Poison,
     Probe,
-    PublishedSeen,
     Report,
+    Resume,
     ShutGate,
-    Tick,
-    WorkerSettings,
 )
 from rljob_runtime.environments.factory import check_environment, make_environment
 from rljob_runtime.rollout.engine import InferenceEngine
 from rljob_runtime.rollout.environment_threads import EnvironmentThreads
 from rljob_runtime.rollout.episode import EpisodeParts, EpisodeSettings
+from rljob_runtime.rollout.followers import BEAT_SECONDS, Followers
 from rljob_runtime.rollout.gate import Gate
+from rljob_runtime.rollout.prefixes import PrefixSender, SegmentLog
 from rljob_runtime.rollout.readiness import Readiness
 from rljob_runtime.rollout.rendering import Renderer
 from rljob_runtime.rollout.samples import SampleRunner
@@ -61,8 +56,6 @@ EXIT_RESTART = 70
 """The engine cannot be trusted or the worker broke: the host starts a new incarnation."""
 EXIT_CONFIGURATION = 78
 """The job is wrong for this worker: another incarnation would end the same way."""
-TICK_SECONDS = 0.25
-BEAT_SECONDS = 1.0
 RATE_WINDOW_SECONDS = 10.0
 FIRST_VERSION_SECONDS = 0.5
 FIRST_VERSION_DEADLINE_SECONDS = 1800.0
@@ -70,7 +63,6 @@ CANCEL_AGAIN_SECONDS = 0.5
 DRAIN_SHUT_SECONDS = 10.0
 DRAIN_GRACE_SECONDS = 5.0
 LAST_REPORT_SECONDS = 5.0
-SETTINGS_SECONDS = 5.0
 SHUTDOWN_SECONDS = 30.0
 
 
@@ -85,8 +77,8 @@ class _End:
 class RolloutWorker:
     """One incarnation of one worker, from its start to its exit code.
 
-    Produces: trajectories; its own state, once a second and at every transition.
-    Consumes: tasks; the keys `desired` and `published`; the coordinator's heartbeat; weight blobs.
+    Produces: trajectories, and parts of unfinished ones; its own state, once a second and at every transition.
+    Consumes: tasks; the keys `desired`, `published` and `barrier`; heartbeats of coordinator and trainer; weight blobs.
     Waits for: the first published version; then whatever its machine, its gate and its samples wait for.
     Unblocked by: the trainer, the coordinator, hints and timers; ended by `request_drain` or a poisoned engine.
     """
@@ -99,6 +91,7 @@ class RolloutWorker:
         log: TrajectoryLog,
         store: BlobStore,
         make_engine: Callable[[Path], InferenceEngine],
+        segments: SegmentLog,
         *,
         engine_compute_type: str,
         lease_seconds: float = 30.0,
@@ -114,10 +107,27 @@ class RolloutWorker:
         self._engine_compute_type = engine_compute_type
         self._lease_seconds = lease_seconds
         self._tally = Tally()
+        correction = self._spec.correction
+        follows_barrier = correction.old_logprobs is OldLogprobs.INTERRUPTION
         self._machine: machine.WorkerState = machine.new_state(
-            WorkerSettings(coordinator_timeout_seconds=self._spec.weight_sync.coordinator_timeout_seconds),
+            WorkerSettings(
+                coordinator_timeout_seconds=self._spec.weight_sync.coordinator_timeout_seconds,
+                barrier_timeout_seconds=correction.barrier_timeout_seconds if follows_barrier else None,
+            ),
             time.monotonic(),
         )
+        self._prefix_tokens = 0
+        if correction.eager.enabled and (follows_barrier or correction.old_logprobs is OldLogprobs.SNAPSHOT):
+            self._prefix_tokens = correction.eager.prefix_tokens
+        self._prefixes: PrefixSender | None = None
+        if self._prefix_tokens or follows_barrier:
+            self._prefixes = PrefixSender(
+                segments,
+                self._tally,
+                worker=settings.worker,
+                incarnation=settings.incarnation,
+                every_tokens=self._prefix_tokens,
+            )
         self._readiness = Readiness(settings.ready_file, self._spec.staleness.max_versions)
         self._is_draining = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -131,6 +141,7 @@ class RolloutWorker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._rates: deque[tuple[float, int]] = deque()
         self._serving_since: float | None = None
+        self._opened_version: tuple[int, int] | None = None
         self._revision = 0
         self._message = "waiting for the first published version"
         self.end_reason = ""
@@ -200,7 +211,7 @@ class RolloutWorker:
         self._logger.info("engine started", extra=fields(model_directory=str(model_dir)))
         self._message = "loading the first version"
 
-        self._gate = gate = Gate(engine, self._tally, time.monotonic)
+        self._gate = gate = Gate(engine, self._tally, time.monotonic, progress_tokens=self._prefix_tokens)
         swapper = Swapper(
             self._store, engine, gate, self._settings.cache_dir, engine_compute_type=self._engine_compute_type
         )
@@ -228,14 +239,23 @@ class RolloutWorker:
             max_concurrent=self._pool.max_concurrent_trajectories,
             max_attempts=spec.environment.max_attempts,
             extend_seconds=self._lease_seconds / 3,
+            prefixes=self._prefixes,
         )
+        followers = Followers(self._link, self._settings.job_names, self._events.put_nowait)
+        barrier_timeout = self._machine.settings.barrier_timeout_seconds
+        if barrier_timeout is not None:
+            await followers.first_barrier()
+            self._spawn(group, followers.barrier())
+            self._spawn(group, followers.trainer(barrier_timeout))
         self._spawn(group, self._drive(swapper, group))
-        self._spawn(group, self._follow_desired())
-        self._spawn(group, self._follow_published())
-        self._spawn(group, self._follow_settings())
-        self._spawn(group, self._watch_coordinator())
-        self._spawn(group, self._tick())
+        self._spawn(group, followers.desired())
+        self._spawn(group, followers.published())
+        self._spawn(group, followers.settings(self._settings_changed))
+        self._spawn(group, followers.coordinator(self._machine.settings.coordinator_timeout_seconds))
+        self._spawn(group, followers.tick())
         self._spawn(group, self._samples.run())
+        if self._prefixes is not None:
+            self._spawn(group, self._prefixes.run())
 
     async def _fetch_model_files(self) -> Path:
         """Config and tokenizer of the newest published version, as soon as there is one.
@@ -273,6 +293,8 @@ class RolloutWorker:
         Waits for: the next event.
         Unblocked by: followers of keys, ticks, the results of effects.
         """
+        gate = self._gate
+        assert gate is not None
         while True:
             event = await self._events.get()
             if isinstance(event, FetchFailed):
@@ -280,13 +302,20 @@ class RolloutWorker:
                     "version refused" if event.corrupt else "version could not be fetched",
                     extra=fields(weight_version=event.published.version, corrupt=event.corrupt, error=event.error),
                 )
+            if isinstance(event, HandOverFailed):
+                self._logger.warning("open trajectories were not handed over", extra=fields(error=event.error))
             self._machine, effects = machine.step(self._machine, event, time.monotonic())
+            gate.hold(self._machine.is_held)
             for effect in effects:
                 match effect:
                     case Fetch(published):
                         self._answer(group, swapper.fetch(published))
                     case ShutGate():
                         self._answer(group, swapper.shut(self._machine.settings.gate_timeout_seconds * 0.9))
+                    case HandOver():
+                        self._answer(group, self._hand_over())
+                    case Resume():
+                        self._answer(group, swapper.resume())
                     case Apply(published):
                         self._answer(group, swapper.apply(published))
                     case Probe(published):
@@ -297,6 +326,15 @@ class RolloutWorker:
                         self._stop(EXIT_RESTART, reason)
                     case Report():
                         self._report_now.set()
+
+    async def _hand_over(self) -> HandedOver | HandOverFailed:
+        assert self._prefixes is not None
+        try:
+            await self._prefixes.hand_over()
+        except (ProtocolError, StorageError) as error:
+            return HandOverFailed(str(error))
+        self._logger.info("open trajectories handed over", extra=fields(segments=self._tally.segments_sent))
+        return HandedOver()
 
     def _answer(self, group: asyncio.TaskGroup, effect: Coroutine[object, object, Event]) -> None:
         async def run() -> None:
@@ -326,14 +364,18 @@ class RolloutWorker:
     def _opened(self) -> None:
         assert self._gate is not None
         assert self._samples is not None
-        self._gate.open()
+        assert self._machine.serving is not None
+        version = machine.identity(self._machine.serving)
+        is_new = version != self._opened_version
+        self._opened_version = version
+        self._gate.open(is_interruption=is_new)
         if self._serving_since is None:
             self._serving_since = time.monotonic()
         self._message = ""
         self._samples.version_changed()
         pauses = self._gate.pause_seconds
         self._logger.info(
-            "version served",
+            "version served" if is_new else "generation went on",
             extra=fields(
                 weight_version=self._serving_version(),
                 tokens_in_flight=self._gate.tokens_in_flight,
@@ -341,39 +383,10 @@ class RolloutWorker:
             ),
         )
 
-    async def _follow_desired(self) -> None:
-        hint = self._settings.job_names.desired_hint
-        async for seen in self._link.follow(KEY_DESIRED, DesiredVersion, hint_subject=hint):
-            self._events.put_nowait(DesiredSeen(seen.value))
-
-    async def _follow_published(self) -> None:
-        hint = self._settings.job_names.published_hint
-        async for seen in self._link.follow(KEY_PUBLISHED, PublishedVersion, hint_subject=hint):
-            self._events.put_nowait(PublishedSeen(seen.value))
-
-    async def _follow_settings(self) -> None:
-        async for seen in self._link.follow(KEY_SETTINGS, JobSettings, interval_seconds=SETTINGS_SECONDS):
-            self._readiness.max_versions = seen.value.staleness.max_versions
-            timeout = seen.value.coordinator_timeout_seconds
-            settings = replace(self._machine.settings, coordinator_timeout_seconds=timeout)
-            self._machine = replace(self._machine, settings=settings)
-
-    async def _watch_coordinator(self) -> None:
-        interval = min(BEAT_SECONDS, self._machine.settings.coordinator_timeout_seconds / 4)
-        while True:
-            try:
-                beat = await self._link.read_live(KEY_COORDINATOR, CoordinatorHeartbeat)
-            except ProtocolError as error:  # an outage: the machine's own timer decides what follows from it
-                self._logger.warning("the coordinator's heartbeat could not be read", extra=fields(error=str(error)))
-            else:
-                if beat is not None:
-                    self._events.put_nowait(CoordinatorBeat(beat.beat))
-            await asyncio.sleep(interval)
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            self._events.put_nowait(Tick())
+    def _settings_changed(self, changed: JobSettings) -> None:
+        self._readiness.max_versions = changed.staleness.max_versions
+        settings = replace(self._machine.settings, coordinator_timeout_seconds=changed.coordinator_timeout_seconds)
+        self._machine = replace(self._machine, settings=settings)
 
     # --------------------------------------------------------------------------------------------------- the end
 
@@ -386,13 +399,24 @@ class RolloutWorker:
         self._readiness.end()
         self._report_now.set()
         if self._samples is not None and self._gate is not None:
-            if not self._machine.is_swapping:  # else the gate is shut already, and the engine busy with the swap
+            if not self._machine.is_gate_shut:  # else the engine may be busy with a swap
                 try:
                     await self._gate.shut(DRAIN_SHUT_SECONDS)
                 except (ProtocolError, EngineError) as error:
                     self._logger.warning("the engine did not pause for the drain", extra=fields(error=str(error)))
+            await self._hand_over_last()
             await self._samples.stop_claiming(DRAIN_GRACE_SECONDS)
         self._stop(EXIT_STOPPED, "drained")
+
+    async def _hand_over_last(self) -> None:
+        """On the interruption route what a drained worker began can still be scored, whoever goes on with it."""
+        if self._prefixes is None or self._machine.trainer is None:
+            return
+        try:
+            async with asyncio.timeout(DRAIN_GRACE_SECONDS):
+                await self._prefixes.hand_over()
+        except (ProtocolError, StorageError, TimeoutError) as error:
+            self._logger.warning("open trajectories were not handed over", extra=fields(error=str(error)))
 
     async def _cancel(self, work: asyncio.Task[None]) -> None:
         """Cancel until it is gone: in Python 3.11's wait_for, which the NATS client uses, a cancellation can get lost.
@@ -448,7 +472,11 @@ class RolloutWorker:
             self._rates.popleft()
         (then, before), (_, after) = self._rates[0], self._rates[-1]
         serving = None if worker.poisoned is not None else worker.serving
-        problems = (worker.poisoned or worker.last_error, samples.last_error if samples else "", self._message)
+        problems = (
+            worker.poisoned or worker.last_error,
+            samples.last_error if samples else "",
+            self._message or machine.held_reason(worker, now),
+        )
         return WorkerState(
             worker=self._settings.worker,
             pool=self._settings.pool,
@@ -461,10 +489,13 @@ class RolloutWorker:
             order=worker.order if serving else None,
             degraded=worker.degraded,
             in_flight=samples.running if samples else 0,
-            counters=self._tally.counters(gate.tokens_in_flight if gate else 0),
+            counters=self._tally.counters(gate.tokens_in_flight, gate.held_seconds) if gate else WorkerCounters(),
             tokens_per_second=(after - before) / (now - then) if now > then else 0.0,
             idle_share=self._idle_share(now),
             pause_seconds=gate.pause_seconds if gate else (),
+            barrier=worker.kept,
+            segments_sequence=self._prefixes.last_sequence if self._prefixes else 0,
+            trajectories_sequence=samples.last_sequence if samples else 0,
             message=next((problem for problem in problems if problem), ""),
         )
 

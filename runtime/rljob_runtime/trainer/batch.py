@@ -17,7 +17,7 @@ from safetensors.numpy import save as save_tensors
 
 from rljob_api.errors import MalformedMessage
 from rljob_api.spec import Advantage
-from rljob_runtime.correction.sources import Source
+from rljob_runtime.correction.sources import Known, Source
 from rljob_runtime.trainer.advantages import token_advantages
 from rljob_runtime.trainer.distributed import broadcast_bytes
 from rljob_runtime.trajectory_codec import Trajectory
@@ -69,16 +69,6 @@ _ROW_TYPES: dict[str, type[np.generic]] = {
     "known_logprobs": np.float32,
     "known_source": np.int8,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Old log-probabilities of one trajectory that were scored ahead of the step."""
-
-    logprobs: NDArray[np.float32]
-    """[T], 0 where there is none."""
-    source: NDArray[np.int8]
-    """[T], POOL or DEDICATED; NONE where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

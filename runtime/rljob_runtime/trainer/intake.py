@@ -16,14 +16,17 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from rljob_api.errors import DeadlineExceeded, MalformedMessage
 from rljob_api.messages import Outcome, Task
 from rljob_api.spec import RLJobSpec, Staleness
 from rljob_protocol import admission
-from rljob_protocol.admission import AdmissionSettings, Ledger, SampleSeen, Verdict
+from rljob_protocol.admission import AdmissionSettings, BatchGroup, Ledger, SampleSeen, Verdict
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
+from rljob_runtime.correction.score_pool import Key, Wanted
+from rljob_runtime.trainer.ahead import Ahead, TakenAhead
 from rljob_runtime.trajectory_codec import Trajectory, decode_trajectory
 
 UNKNOWN_TASK = -1
@@ -40,6 +43,10 @@ class Taken:
     """Version -> staleness, for all versions in the groups."""
     max_versions: int
     """The bound that they were taken under."""
+    sequences: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(task, sample) -> sequence of its message on the trajectory stream."""
+    ahead: dict[Key, TakenAhead] = field(default_factory=dict)
+    """What was scored ahead of the step; empty where the route does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +101,13 @@ class Intake:
         tasks: TaskQueue,
         log: TrajectoryLog,
         logger: logging.Logger,
+        ahead: Ahead | None = None,
+        may_train: Callable[[Taken], bool] = lambda _: True,
     ) -> None:
-        """`ledger`, `cursor` and `totals` are those of the checkpoint: the stream is read from behind the cursor."""
+        """`ledger`, `cursor` and `totals` are those of the checkpoint: the stream is read from behind the cursor.
+
+        A batch that is ready is asked about by `may_train`, again and again until it may go.
+        """
         self._settings = admission_settings(spec)
         self._seed = spec.training.seed
         self._epoch = epoch
@@ -103,6 +115,8 @@ class Intake:
         self._tasks = tasks
         self._log = log
         self._logger = logger
+        self._ahead = ahead
+        self._may_train = may_train
         self._payloads: dict[tuple[int, int], Trajectory] = {}
         self._early: dict[tuple[int, int], tuple[int, Trajectory]] = {}
         self._dropped: Counter[str] = Counter(totals.dropped)
@@ -136,23 +150,67 @@ class Intake:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._ingest())
             group.create_task(self._pace())
+            if self._ahead is not None:
+                group.create_task(self._ahead.run(self._is_open, self._notify))
 
-    async def next_batch(self, wait_seconds: float) -> Taken | None:
-        """Groups of the next step, oldest first; None when they are not there within `wait_seconds`."""
+    async def next_batch(self, wait_seconds: float, unless: Callable[[], bool] = lambda: False) -> Taken | None:
+        """Groups of the next step, oldest first; None when they are not there within `wait_seconds`, or once `unless` holds."""
         deadline = time.monotonic() + wait_seconds
         while True:
-            self._ledger, batch = admission.take_batch(self._ledger, self._settings, time.monotonic())
+            ledger, batch = admission.take_batch(self._ledger, self._settings, time.monotonic())
             if batch is not None:
-                groups = tuple(
-                    tuple(self._payloads.pop((group.task, sample)) for sample in group.samples) for group in batch
-                )
-                versions = {version for group in groups for trajectory in group for version in trajectory.versions}
-                staleness = {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)}
-                return Taken(groups, staleness, self._settings.max_versions)
+                taken = self._taken(batch)
+                # Until it may go it stays in the ledger: a stop in between puts it into the checkpoint, untrained.
+                if self._may_train(taken):
+                    self._ledger = ledger
+                    return self._take_out(taken)
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            if remaining <= 0 or unless():
                 return None
             await self._change(min(remaining, 1.0))
+
+    def _taken(self, batch: Sequence[BatchGroup]) -> Taken:
+        groups = tuple(tuple(self._payloads[(group.task, sample)] for sample in group.samples) for group in batch)
+        versions = {version for group in groups for trajectory in group for version in trajectory.versions}
+        return Taken(
+            groups,
+            {v: admission.staleness_of(self._ledger, v) for v in sorted(versions)},
+            self._settings.max_versions,
+            {
+                (group.task, sample): self._ledger.groups[group.task].samples[sample].sequence
+                for group in batch
+                for sample in group.samples
+            },
+        )
+
+    def _take_out(self, taken: Taken) -> Taken:
+        """A batch that goes, with what was scored ahead of it."""
+        for key in taken.sequences:
+            del self._payloads[key]
+        if self._ahead is None:
+            return taken
+        ahead = self._ahead.take(trajectory for group in taken.groups for trajectory in group)
+        self._forget(task for task, _ in taken.sequences)
+        return replace(taken, ahead=ahead)
+
+    def rows_ahead(self, resident: int, stored: Collection[int], token_budget: int) -> list[Wanted]:
+        """What is best scored while no batch is ready; on the background loop only."""
+        if self._ahead is None:
+            return []
+        whole = {
+            task for task, group in self._ledger.groups.items() if len(group.samples) >= self._settings.samples_per_task
+        }
+        return self._ahead.rows(resident, stored, token_budget, without=whole)
+
+    async def read_up_to(self, trajectory: int, segment: int, wait_seconds: float) -> bool:
+        """Wait until both streams were read up to these messages; False when they were not in time."""
+        deadline = time.monotonic() + wait_seconds
+        while self._last_sequence < trajectory or (self._ahead is not None and self._ahead.last_segment < segment):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return False
+            await self._change(remaining)
+        return True
 
     async def use(self, staleness: Staleness) -> None:
         """A bound and a rule that changed while the job runs; they hold from the next batch on."""
@@ -187,6 +245,17 @@ class Intake:
             last_sequence=self._last_sequence,
             rolled_back=tuple(sorted(self._rolled_back)),
         )
+
+    async def waiting_tokens(self, version: int) -> dict[int, int]:
+        """Received tokens that may still train once the present step is published as `version`, by weight version."""
+        coming = self._ledger
+        if version != coming.version:
+            coming = admission.on_step_trained(coming, self._settings, version)
+        counted: Counter[int] = Counter()
+        for trajectory in (*self._payloads.values(), *(early for _, early in self._early.values())):
+            counted.update(trajectory.weight_version[trajectory.turn >= 0].tolist())
+        bound = self._settings.max_versions
+        return {made: tokens for made, tokens in counted.items() if admission.staleness_of(coming, made) <= bound}
 
     async def snapshot(self) -> tuple[dict[str, object], int]:
         """The ledger for a checkpoint, and the cursor below which the stream may be cut."""
@@ -269,6 +338,7 @@ class Intake:
             for sample in group.samples:
                 payload = self._payloads.pop((group.task, sample), None)
                 tokens += payload.num_model_tokens if payload is not None else 0
+            self._forget((group.task,))
             self._dropped[str(group.reason)] += tokens
             self._logger.info(
                 "group dropped", extra={"task": group.task, "reason": str(group.reason), "tokens": tokens}
@@ -328,9 +398,20 @@ class Intake:
         )
         if verdict is Verdict.ACCEPTED and scored:
             self._payloads[(header.task, header.sample)] = trajectory
+            if self._ahead is not None:
+                self._ahead.pool.complete(trajectory, sequence)
         elif not again:
             reason = "EnvironmentFailed" if verdict is Verdict.ACCEPTED else str(verdict)
             self._dropped[reason] += trajectory.num_model_tokens
+
+    def _is_open(self, task: int) -> bool:
+        """Whether a task's tokens may still be trained: admitted and not taken or dropped, or to be admitted again."""
+        return task in self._ledger.groups or task >= self._ledger.next_task
+
+    def _forget(self, tasks: Iterable[int]) -> None:
+        if self._ahead is not None:
+            samples = range(self._settings.samples_per_task)
+            self._ahead.pool.forget((task, sample) for task in tasks for sample in samples)
 
     def _pass(self, sequence: int) -> None:
         seen = SampleSeen(

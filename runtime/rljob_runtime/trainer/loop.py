@@ -1,15 +1,16 @@
 """The trainer's loop: wait, score, step, publish, checkpoint. Every process of the trainer runs it in step with rank 0.
 
     produces    weight versions, checkpoints, step reports, the record
-    consumes    batches of finished groups
+    consumes    batches of finished groups; while there is none, rows to score ahead
     waits for   a batch (rank 0 on its intake, the others on rank 0's next order)
-    unblocked by  finished groups; an idle order every few seconds keeps each collective short; SIGTERM
+    unblocked by  finished groups, at the latest after one round of scoring; an idle order every few seconds keeps each collective short; SIGTERM
 
 One step is one batch, one or more optimizer updates and exactly one published version (docs/design.md, section 3).
 """
 
 from __future__ import annotations
 
+import json
 import time
 from enum import IntEnum
 from pathlib import Path
@@ -20,17 +21,24 @@ import torch
 from rljob_api.messages import TrainerPhase
 from rljob_api.spec import OldLogprobs, RLJobSpec
 from rljob_runtime.correction.averaged_policy import AveragedPolicy
+from rljob_runtime.correction.score_pool import Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore
+from rljob_runtime.correction.sources import Source
+from rljob_runtime.correction.step_diagnostics import step_diagnostics
+from rljob_runtime.trainer.audit import Auditor
 from rljob_runtime.trainer.batch import TrainBatch, broadcast_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, save_checkpoint
 from rljob_runtime.trainer.distributed import World, broadcast_bytes
+from rljob_runtime.trainer.eager import ScoreRound, broadcast_round, score_round
 from rljob_runtime.trainer.leader import Leader
 from rljob_runtime.trainer.model import Policy, full_state
+from rljob_runtime.trainer.old_versions import make_room
 from rljob_runtime.trainer.optimizer import learning_rate
 from rljob_runtime.trainer.probe import make_probe
 from rljob_runtime.trainer.reporting import Seconds
 from rljob_runtime.trainer.shared_file import on_every_node
 from rljob_runtime.trainer.step_statistics import step_statistics
+from rljob_runtime.trainer.step_tokens import step_tokens, thresholds_of
 from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
 
 IDLE_SECONDS = 5.0
@@ -42,6 +50,7 @@ class Order(IntEnum):
     IDLE = 0
     TRAIN = 1
     STOP = 2
+    SCORE = 3
 
 
 class Trainer:
@@ -56,6 +65,8 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         snapshots: SnapshotStore,
         average: AveragedPolicy | None,
+        capacity: int | None,
+        auditor: Auditor,
         leader: Leader | None,
         checkpoint_root: Path,
         scratch: Path,
@@ -71,6 +82,9 @@ class Trainer:
         self._optimizer = optimizer
         self._snapshots = snapshots
         self._average = average
+        snapshots.watch(optimizer)
+        self._capacity = capacity
+        self._auditor = auditor
         self._leader = leader
         self._checkpoint_root = checkpoint_root
         self._scratch = scratch
@@ -103,16 +117,21 @@ class Trainer:
         started = time.monotonic()
         self._say(TrainerPhase.WAITING)
         while True:
-            order, batch = Order.IDLE, None
+            order, batch, rows = Order.IDLE, None, list[Wanted]()
             if self._leader is not None:
                 if self._leader.stop_requested:
                     order = Order.STOP
                 else:
-                    batch = self._leader.next_batch(self._version, IDLE_SECONDS)
-                    order = Order.IDLE if batch is None else Order.TRAIN
+                    batch, rows = self._leader.next_work(self._version, self._snapshots.versions, IDLE_SECONDS)
+                    order = Order.TRAIN if batch is not None else Order.SCORE if rows else Order.IDLE
             # Each idle round is a collective of its own: no process waits in one for longer than IDLE_SECONDS.
             order = Order(self._from_leader(bytes([order]))[0])
             if order is Order.IDLE:
+                continue
+            if order is Order.SCORE:
+                begun = time.monotonic()
+                self._score_ahead(rows)
+                seconds.eager += time.monotonic() - begun
                 continue
             seconds.waiting = time.monotonic() - started
             return order, broadcast_batch(batch, self._world.device) if order is Order.TRAIN else None
@@ -124,8 +143,20 @@ class Trainer:
         self._reload_snapshots(batch)
         old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world, self._average)
         scored = time.monotonic()
+        exact = self._auditor.exact(batch, self._step)
+        audited = time.monotonic()
+        average = None if self._average is None else self._average.report()
         rate = learning_rate(self._spec.training, self._step)
-        update = train_on(self._policy, self._optimizer, batch, old, self._settings, self._world, rate=rate)
+        update = train_on(
+            self._policy,
+            self._optimizer,
+            batch,
+            old,
+            self._settings,
+            self._world,
+            rate=rate,
+            before_first_update=self._leave_version,
+        )
         if self._average is not None:
             self._average.observe(step_statistics(batch, update, self._settings))
         trained = time.monotonic()
@@ -139,7 +170,7 @@ class Trainer:
         published = time.monotonic()
         if self._checkpoint_due():
             self._checkpoint()
-        seconds.scoring, seconds.training = scored - started, trained - scored
+        seconds.scoring, seconds.auditing, seconds.training = scored - started, audited - scored, trained - audited
         seconds.publishing, seconds.checkpointing = published - trained, time.monotonic() - published
         if self._leader is not None:
             self._leader.report(
@@ -148,16 +179,58 @@ class Trainer:
                 batch=batch,
                 update=update,
                 ewma=None if self._average is None else self._average.report(),
+                audit=self._auditor.report(batch, update, exact, average),
+                diagnostics=step_diagnostics(
+                    step_tokens(batch, update.records),
+                    thresholds_of(self._settings),
+                    center_of_mass=None if average is None else average.center_of_mass,
+                ),
                 rate=rate,
                 seconds=seconds,
             )
+
+    def _score_ahead(self, rows: list[Wanted]) -> None:
+        """Score what rank 0 chose, all of one version, and hand it the values. Collective; the others pass no rows."""
+        chosen = None
+        if self._leader is not None:
+            version = rows[0].version if rows else self._version
+            chosen = ScoreRound(version, tuple(row.tokens for row in rows))
+        chosen = broadcast_round(chosen, self._world.device)
+        logprobs = score_round(
+            self._policy, chosen, self._snapshots, self._settings, self._world, resident=self._version
+        )
+        if self._leader is not None:
+            self._leader.scored(rows, logprobs)
+
+    def _leave_version(self) -> None:
+        """Before a step's first update: on the interruption route, have the resident version score all its tokens."""
+        rows = list[Wanted]()
+        if self._spec.correction.old_logprobs is OldLogprobs.INTERRUPTION:
+            if self._leader is not None:
+                self._leader.quiesce(self._version)
+            is_over = False
+            while not is_over:  # each round is a collective of its own, as in _wait
+                said = self._leader is not None and self._leader.barrier_is_over(IDLE_SECONDS)
+                is_over = bool(self._from_leader(bytes([said]))[0])
+            rows = self._leader.unscored(self._version) if self._leader is not None else []
+            self._score_ahead(rows)
+        if self._leader is not None:
+            self._leader.update_begins(sum(row.positions.shape[0] for row in rows))
 
     def _reload_snapshots(self, batch: TrainBatch) -> None:
         """Bring back versions that the batch names and memory does not hold: a resume starts with an empty store."""
         if self._spec.correction.old_logprobs is not OldLogprobs.SNAPSHOT:
             return
-        named = np.unique(np.concatenate([row.weight_version[row.trainable] for row in batch.rows]))
+        named, tokens = np.unique(
+            np.concatenate(
+                [row.weight_version[row.trainable & (row.known_source == Source.NONE)] for row in batch.rows]
+            ),
+            return_counts=True,
+        )
+        self._snapshots.retain(dict(zip(named.tolist(), tokens.tolist(), strict=True)))
         for version in sorted({int(v) for v in named} - set(self._snapshots.versions) - {batch.version}):
+            if self._capacity is not None and len(self._snapshots.versions) >= self._capacity:
+                return  # tokens of the others leave the loss, and are counted
             found = self._leader.fetch_version(version) if self._leader is not None else None
             with on_every_node(found, self._scratch, self._world) as path:
                 if path is not None:
@@ -172,10 +245,20 @@ class Trainer:
             final = self._step >= self._spec.training.steps
             self._leader.publish(state, probe, version=self._version, step=self._step, final=final)
         if self._spec.correction.old_logprobs is OldLogprobs.SNAPSHOT:
+            make_room(
+                self._snapshots,
+                self._version,
+                max_versions=self._max_versions,
+                waiting=self._waiting_tokens(),
+                capacity=self._capacity,
+            )
             self._snapshots.save(self._version, self._policy)
-            for version in self._snapshots.versions:
-                if version < self._version - self._max_versions:
-                    self._snapshots.drop(version)
+
+    def _waiting_tokens(self) -> dict[int, int]:
+        """Tokens of trajectories that wait for a step after this version, by weight version. Collective."""
+        waiting = self._leader.waiting_tokens(self._version) if self._leader is not None else {}
+        pairs = json.loads(self._from_leader(json.dumps(list(waiting.items())).encode()))
+        return dict(pairs)
 
     def _checkpoint_due(self) -> bool:
         filling = self._leader is not None and self._leader.stream_is_filling()

@@ -21,6 +21,7 @@ from rljob_api.base import FrozenModel
 from rljob_api.errors import CheckpointCorrupt, RljobError
 from rljob_api.messages import CheckpointPointer, PublishedVersion
 from rljob_api.names import JobNames
+from rljob_api.spec import OldLogprobs
 from rljob_protocol import admission, logs
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
@@ -31,13 +32,18 @@ from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.model_source import materialise
 from rljob_runtime.settings import RuntimeSettings
 from rljob_runtime.termination import Termination
+from rljob_runtime.trainer.ahead import Ahead
+from rljob_runtime.trainer.audit import Auditor
 from rljob_runtime.trainer.background import Background
+from rljob_runtime.trainer.barrier import BarrierKeeper
 from rljob_runtime.trainer.checkpoint import load_checkpoint
+from rljob_runtime.trainer.dedicated import DedicatedWait
 from rljob_runtime.trainer.distributed import DeviceKind, World, broadcast_bytes, distributed_world, largest
 from rljob_runtime.trainer.intake import NOTHING, Intake
 from rljob_runtime.trainer.leader import OUTAGE_SECONDS, Leader
 from rljob_runtime.trainer.loop import Trainer
 from rljob_runtime.trainer.model import Policy, build_policy, compute_dtype, full_state
+from rljob_runtime.trainer.old_versions import capacity
 from rljob_runtime.trainer.optimizer import build_optimizer
 from rljob_runtime.trainer.probe import probe_tokens
 from rljob_runtime.trainer.publisher import Publisher
@@ -144,6 +150,13 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
     )
     optimizer = build_optimizer(policy, spec.training)
     average = averaged_policy(spec.correction, policy)
+    room = capacity(spec, policy, world)
+    kept = spec.correction.snapshots
+    snapshots = SnapshotStore(
+        compute_dtype(spec.training.compute_type),
+        memory_bytes=kept.memory_bytes,
+        spill_directory=settings.cache_dir / f"snapshots-{world.rank}" if kept.spill else None,
+    )
     background = Background() if world.is_main else None
     publisher: Publisher | None = None
     link: Link | None = None
@@ -166,15 +179,26 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             logger.info("resumed", extra={"step": start.step, "weight_version": start.version, "epoch": start.epoch})
         leader: Leader | None = None
         if background is not None and link is not None and publisher is not None:
-            leader = _make_leader(settings, background, link, publisher, ledger, counters, model_directory, logger)
+            leader = _make_leader(
+                settings, background, link, publisher, ledger, counters, model_directory, logger, world.size
+            )
             stop.leader = leader
         trainer = Trainer(
             spec=spec,
             world=world,
             policy=policy,
             optimizer=optimizer,
-            snapshots=SnapshotStore(compute_dtype(spec.training.compute_type)),
+            snapshots=snapshots,
             average=average,
+            capacity=room,
+            auditor=Auditor(
+                spec,
+                policy,
+                snapshots,
+                world,
+                fetch_version=lambda version: None if leader is None else leader.fetch_version(version),
+                scratch=settings.cache_dir / "audited",
+            ),
             leader=leader,
             checkpoint_root=settings.checkpoint_dir,
             scratch=settings.cache_dir / "versions",
@@ -191,6 +215,7 @@ def _train(settings: RuntimeSettings, world: World, logger: logging.Logger, stop
             leader.finish(finished=finished)
         return finished
     finally:
+        snapshots.close()
         if background is not None:
             background.cancel_tasks()
             if link is not None:
@@ -251,6 +276,7 @@ def _make_leader(
     counters: dict[str, object],
     model_directory: Path,
     logger: logging.Logger,
+    world_size: int,
 ) -> Leader:
     spec = settings.job.spec
     store = blob_store(link, settings.weights_dir)
@@ -266,6 +292,12 @@ def _make_leader(
         )
         recorder.add_model_files(files, model_directory)
     counted = Counters.model_validate(counters)
+    ahead = Ahead.of(spec, link, logger)
+    dedicated = None
+    if ahead is not None and spec.correction.old_logprobs is OldLogprobs.DEDICATED:
+        timeout = spec.correction.dedicated_timeout_seconds
+        dedicated = DedicatedWait(link, ahead.pool, timeout_seconds=timeout, logger=logger)
+        ahead.on_scores = dedicated.told
     intake = Intake(
         spec=spec,
         epoch=publisher.epoch,
@@ -281,7 +313,18 @@ def _make_leader(
         tasks=TaskQueue(link),
         log=TrajectoryLog(link),
         logger=logger,
+        ahead=ahead,
+        may_train=(lambda _: True) if dedicated is None else dedicated.may_train,
     )
+    barrier = None
+    if spec.correction.old_logprobs is OldLogprobs.INTERRUPTION:
+        barrier = BarrierKeeper(
+            link=link,
+            epoch=publisher.epoch,
+            timeout_seconds=spec.correction.barrier_timeout_seconds,
+            read_up_to=intake.read_up_to,
+            logger=logger,
+        )
     return Leader(
         background=background,
         link=link,
@@ -294,6 +337,10 @@ def _make_leader(
         model_files=files,
         recorder=recorder,
         logger=logger,
+        world_size=world_size,
+        ahead=ahead,
+        barrier=barrier,
+        dedicated=dedicated,
     )
 
 

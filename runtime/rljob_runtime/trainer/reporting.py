@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rljob_api.messages import EwmaReport, StepReport
+from rljob_api.diagnostics import AuditReport, Diagnostics
+from rljob_api.messages import BarrierReport, DedicatedReport, EwmaReport, PoolReport, StepReport
 from rljob_runtime.trainer.intake import IntakeTotals, Taken
 from rljob_runtime.trainer.update import UpdateReport
 
@@ -18,14 +19,17 @@ class Seconds:
     """Where a step's wall time went."""
 
     waiting: float = 0.0
+    eager: float = 0.0
+    """Of the waiting: scoring ahead. Not on the critical path, but for what is left of a forward when a batch gets ready."""
     scoring: float = 0.0
+    auditing: float = 0.0
     training: float = 0.0
     publishing: float = 0.0
     checkpointing: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.waiting + self.scoring + self.training + self.publishing + self.checkpointing
+        return self.waiting + self.scoring + self.auditing + self.training + self.publishing + self.checkpointing
 
 
 def step_report(
@@ -38,12 +42,17 @@ def step_report(
     taken: Taken,
     update: UpdateReport,
     ewma: EwmaReport | None,
+    audit: AuditReport | None,
+    diagnostics: Diagnostics,
     groups_without_variance: int,
     tokens_trained: int,
     totals: IntakeTotals,
     queues: tuple[int, int],
     seconds: Seconds,
+    pool: PoolReport | None = None,
+    barrier: BarrierReport | None = None,
     now: float,
+    dedicated: DedicatedReport | None = None,
 ) -> StepReport:
     """The report of a finished step; `tokens_trained` and `totals` are cumulative."""
     trajectories = [trajectory for group in taken.groups for trajectory in group]
@@ -64,6 +73,8 @@ def step_report(
         staleness=update.staleness,
         discrepancy_by_staleness=update.discrepancy_by_staleness,
         ewma=ewma,
+        audit=audit,
+        diagnostics=diagnostics,
         keep_fraction=update.keep_fraction,
         clip_fraction=update.clip_fraction,
         active_fraction=update.active_fraction,
@@ -77,11 +88,16 @@ def step_report(
         last_sequence=totals.last_sequence,
         groups_without_variance=groups_without_variance,
         seconds_waiting=seconds.waiting,
+        seconds_eager=seconds.eager,
         seconds_scoring=seconds.scoring,
+        seconds_auditing=seconds.auditing,
         seconds_training=seconds.training,
         seconds_publishing=seconds.publishing,
         seconds_checkpointing=seconds.checkpointing,
         seconds_total=seconds.total,
+        dedicated=dedicated,
+        pool=pool,
+        barrier=barrier,
         queue_tasks=queues[0],
         queue_trajectories=queues[1],
         finished_at=now,

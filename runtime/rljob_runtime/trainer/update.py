@@ -9,7 +9,7 @@ Shapes: B rows of a micro-batch, T tokens, N tokens of the whole batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -207,6 +207,7 @@ def train_on(
     world: World,
     *,
     rate: float,
+    before_first_update: Callable[[], None] | None = None,
 ) -> UpdateReport:
     """Train one step's batch: at most `mini_batches * epochs` optimizer updates at one learning rate. Collective.
 
@@ -221,6 +222,8 @@ def train_on(
         settings: the job's.
         world: this process's place.
         rate: learning rate.
+        before_first_update: called once on every rank when the first mini-batch's gradients are there and the policy
+            still is the resident version: forwards without gradient are allowed in it.
 
     Raises:
         TrainingDiverged: a gradient is not finite; earlier updates of the step have been made.
@@ -245,7 +248,11 @@ def train_on(
                 )
                 if epoch == 0:
                     records |= _records(indices, batch.rows, old, target_BT, old_BT)
+            if not norms and before_first_update is not None:
+                before_first_update()
             norms.append(apply_gradients(policy, optimizer, rate=rate, clip=settings.gradient_clip))
+    if not norms and before_first_update is not None:
+        before_first_update()
     dist.all_reduce(sums)
     return _report(batch, norms, _Sums(*sums.tolist()), _gather(batch, records, policy.device))
 

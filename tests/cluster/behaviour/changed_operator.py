@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rljob_operator.core.builders import rollout_deployment, trainer_job
+from rljob_operator.core.builders import trainer_job, worker_deployment
 from rljob_operator.core.builders.pod_template import pod_template
 from rljob_operator.main import main
 
@@ -18,6 +18,6 @@ def changed(*arguments: Any) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    rollout_deployment.pod_template = changed  # type: ignore[assignment]
+    worker_deployment.pod_template = changed  # type: ignore[assignment]
     trainer_job.pod_template = changed  # type: ignore[assignment]
     raise SystemExit(main())

@@ -131,7 +131,7 @@ def test_killed_after_each_of_its_writes_it_makes_no_second_gang_and_counts_exac
     log = tmp_path / "operators.log"
     with local_operator.instead_of_the_chart(dev_cluster):
         play = _Play(dev_cluster, log)
-        job = Job.apply(team, quickstart("fragile", steps=200))
+        job = Job.apply(team, quickstart("fragile", steps=120))
         play.until(job, lambda status: status.get("checkpoint"))
         trainer = job.trainer_pod()
         job.kill(trainer, "rljob_runtime.trainer.main")
@@ -141,7 +141,7 @@ def test_killed_after_each_of_its_writes_it_makes_no_second_gang_and_counts_exac
         play.until(job, lambda _: job.condition("Suspended").get("status") == "True")
         assert not job.pods("trainer") and not job.pods("main")
         job.patch(suspend=False)
-        play.until(job, lambda _: job.condition("Succeeded").get("status") == "True", seconds=400)
+        play.until(job, lambda _: job.condition("Succeeded").get("status") == "True", seconds=600)
         status = job.status
         assert (status["attempt"], status["restarts"]) == (3, {"total": 1, "counted": 1})
         team.kubectl("delete", "rljob", job.name, "--wait=false")

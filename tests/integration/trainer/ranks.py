@@ -107,6 +107,62 @@ def check_exactness(folder: Path, world: World, compute_type: ComputeType, tied:
     return {f"{name}: {claim}": holds for claim, holds in found.items()}
 
 
+def check_versions(folder: Path, world: World, compute_type: ComputeType) -> dict[str, bool]:
+    """Four versions in one store, scored as by fresh policies from the published files; then those files in a new store.
+
+    With the optimizer watched and without; half the memory of a copy, so that most of it lies on disk.
+    """
+    source, out = folder / "untied", folder / f"world-{world.size}" / f"versions-{compute_type.value}"
+    policy = make_policy(source, world, compute_type)
+    optimizer = build_optimizer(policy, TRAINING)
+    dtype = compute_dtype(compute_type)
+    plain, watched = SnapshotStore(dtype), SnapshotStore(dtype)
+    spilled = SnapshotStore(dtype, memory_bytes=30_000, spill_directory=out / f"spill-{world.rank}")
+    watched.watch(optimizer)
+    spilled.watch(optimizer)
+    batch = make_batch(1, version=0, max_staleness=0)
+    rows = [batch.rows[i].tokens for i in rank_shares([row.num_tokens for row in batch.rows], world.size)[world.rank]]
+
+    def scored(model: Policy) -> np.ndarray:
+        return np.concatenate(score(model, rows, temperature=0.8, token_budget=96))
+
+    published = {}
+    for version in range(4):
+        step(policy, optimizer, batch, plain, settings(), world, rate=1e-5)
+        for store in (plain, watched, spilled):
+            store.save(version, policy)
+        published[version] = scored(make_policy(publish(policy, source, out / str(version)), world, compute_type))
+    before = local_state(policy, optimizer)
+
+    resumed = SnapshotStore(dtype)
+    for version in (2, 0, 3, 1):
+        resumed.load_full(version, policy, out / str(version) / "model.safetensors")
+
+    def exact(store: SnapshotStore) -> bool:
+        found = []
+        for version in store.versions:
+            with store.held(version, policy):
+                found.append(bool((scored(policy) == published[version]).all()))
+        return all(found) and len(found) > 1
+
+    found = {
+        f"{name} versions equal the published files": exact(store)
+        for name, store in {"kept": plain, "watched": watched, "spilled": spilled, "reloaded": resumed}.items()
+    }
+    plain.drop(1)
+    watched.evict(2)
+    found |= {
+        "the rest is exact when one between is dropped": exact(plain) and plain.versions == (0, 2, 3),
+        "the rest is exact when the oldest are evicted": exact(watched) and watched.versions == (2, 3),
+        "most lies on disk": spilled.num_spilled_bytes > spilled.num_bytes and spilled.num_bytes <= 30_000,
+        "versions are not all alike": len({values.tobytes() for values in published.values()}) == 4,
+        "bf16 versions are differences": compute_type is ComputeType.FLOAT32 or resumed.copies < 2,
+        "masters and optimizer state are unchanged to the bit": same_bits(before, local_state(policy, optimizer)),
+    }
+    spilled.close()
+    return {f"versions in {compute_type.value}: {claim}": holds for claim, holds in found.items()}
+
+
 def check_updates(folder: Path, world: World) -> dict[str, float]:
     """Updates with unequal tokens per rank, and ranks without rows; final weights are written for comparison."""
     results: dict[str, float] = {}
@@ -170,6 +226,7 @@ def run_checks(folder: Path, world: World) -> None:
     for compute_type in ComputeType:
         for tied in (False, True):
             exact |= check_exactness(folder, world, compute_type, tied)
+        exact |= check_versions(folder, world, compute_type)
     gathered: list[dict[str, bool] | None] = [None] * world.size
     dist.all_gather_object(gathered, exact)
     updates = check_updates(folder, world)

@@ -8,15 +8,38 @@ from typing import Any
 from tests.unit.api.documents import REMOVE
 
 RANDOM = {"spec.model": {"random": {}}, "spec.sampling.maxTrajectoryTokens": 512}
+SNAPSHOT = RANDOM | {"spec.correction.oldLogprobs": "Snapshot"}
+MEMORY = "spec.correction.snapshots.memoryBytes"
+DEDICATED = {"spec.correction.oldLogprobs": "Dedicated", "spec.oldPolicyPool": {}}
 LABEL_REMEDY = "Use lower-case letters, digits and `-`; start with a letter and end with a letter or a digit."
 NAME_REMEDY = "Start the file with `apiVersion: rljob.dev/v1alpha1` and `kind: RLJob`."
 POOLS = "spec.rolloutPools"
 TEMPLATE = "spec.trainer.template.spec"
+OLD_POLICY = "spec.oldPolicyPool.template.spec"
 OWNED = (
     "belongs to the operator (in the container `{}`: command, args, livenessProbe, readinessProbe, startupProbe, "
     "RLJOB_* environment, /dev/shm; in the pod: restartPolicy)"
 )
+TOO_SMALL = (
+    "is too small for staleness.maxVersions + 1 full copies of a trainer process's share of the model (4 bytes a "
+    "parameter with training.computeType Float32, 2 with BFloat16; trainer.replicas * trainer.processesPerReplica shares)"
+)
+MORE_MEMORY = (
+    "Raise correction.snapshots.memoryBytes, set correction.snapshots.spill, lower staleness.maxVersions, or train in "
+    "BFloat16. A job that exists cannot change its correction: keep staleness.maxVersions at what the memory holds, or "
+    "make a new RLJob with more."
+)
 CONTAINERS = "must be a list of at most 64 containers, each with a name of at most 63 characters"
+
+
+QWEN3 = {
+    "architecture": "Qwen3",
+    "alphabet": "".join(chr(48 + index) for index in range(75)),
+    "heads": 4,
+    "keyValueHeads": 2,
+    "tiedEmbeddings": True,
+}
+OLD_POLICY_RULES = [{"name": "r", "pools": ["old-policy"], "action": "RestartPool"}]
 
 
 @dataclass(frozen=True)
@@ -204,6 +227,93 @@ CASES = (
         "Use Snapshot, or set staleness.maxVersions to 0.",
         {"spec.correction.oldLogprobs": "Resident", "spec.staleness.maxVersions": 0},
     ),
+    # The random model with defaults has 84288 parameters; in BFloat16 five versions of it are 842880 bytes.
+    Case(
+        "snapshots-fit-memory",
+        SNAPSHOT | {MEMORY: 842879},
+        MEMORY,
+        "842879; 842880 needed, staleness.maxVersions is 4",
+        TOO_SMALL,
+        MORE_MEMORY,
+        SNAPSHOT | {MEMORY: 842880},
+    ),
+    Case(  # one more version: as where the bound of a running job is raised
+        "snapshots-fit-memory",
+        SNAPSHOT | {MEMORY: 842880, "spec.staleness.maxVersions": 5},
+        MEMORY,
+        "842880; 1011456 needed, staleness.maxVersions is 5",
+        TOO_SMALL,
+        MORE_MEMORY,
+        SNAPSHOT | {MEMORY: 842880, "spec.staleness.maxVersions": 5, "spec.correction.snapshots.spill": True},
+    ),
+    Case(  # twice as many bytes, over six processes: 1685760 / 6
+        "snapshots-fit-memory",
+        SNAPSHOT
+        | {MEMORY: 280959, "spec.training.computeType": "Float32", "spec.trainer.replicas": 3}
+        | {"spec.trainer.processesPerReplica": 2},
+        MEMORY,
+        "280959; 280960 needed, staleness.maxVersions is 4",
+        TOO_SMALL,
+        MORE_MEMORY,
+        SNAPSHOT
+        | {MEMORY: 280960, "spec.training.computeType": "Float32", "spec.trainer.replicas": 3}
+        | {"spec.trainer.processesPerReplica": 2},
+    ),
+    Case(  # Qwen3, tied, two key/value heads of four: 78 tokens filled up to 80, 103872 parameters
+        "snapshots-fit-memory",
+        SNAPSHOT | {"spec.model.random": QWEN3} | {MEMORY: 1038719, "spec.correction.fallback": "Ewma"},
+        MEMORY,
+        "1038719; 1038720 needed, staleness.maxVersions is 4",
+        TOO_SMALL,
+        MORE_MEMORY,
+        SNAPSHOT | {"spec.model.random": QWEN3} | {MEMORY: 1038720},
+    ),
+    Case(  # another route keeps no old version
+        "snapshots-fit-memory",
+        SNAPSHOT | {MEMORY: 0},
+        MEMORY,
+        "0; 842880 needed, staleness.maxVersions is 4",
+        TOO_SMALL,
+        MORE_MEMORY,
+        SNAPSHOT | {MEMORY: 0, "spec.correction.oldLogprobs": "Interruption"},
+    ),
+    Case(  # how large another model is, only the trainer knows
+        "snapshots-fit-memory",
+        SNAPSHOT | {MEMORY: 1},
+        MEMORY,
+        "1; 842880 needed, staleness.maxVersions is 4",
+        TOO_SMALL,
+        MORE_MEMORY,
+        {MEMORY: 1},
+    ),
+    Case(
+        "dedicated-has-a-pool",
+        {"spec.correction.oldLogprobs": "Dedicated"},
+        "spec.oldPolicyPool",
+        "nothing; correction.oldLogprobs is Dedicated",
+        "is required by correction.oldLogprobs Dedicated: its workers are what scores the tokens",
+        "Add `oldPolicyPool: {replicas: 1}`, or choose another route, such as Snapshot.",
+        DEDICATED,
+    ),
+    Case(
+        "old-policy-pool-is-used",
+        {"spec.oldPolicyPool": {"replicas": 2}},
+        "spec.oldPolicyPool",
+        '{"replicas": 2}; correction.oldLogprobs is Snapshot',
+        "has nothing to do: only correction.oldLogprobs Dedicated asks its workers",
+        "Leave oldPolicyPool out, or set correction.oldLogprobs to Dedicated.",
+        DEDICATED | {"spec.oldPolicyPool": {"replicas": 2}},
+    ),
+    Case(
+        "ewma-decay-or-window",
+        {"spec.correction.oldLogprobs": "Ewma", "spec.correction.ewma": {"decay": 0.5, "window": 4}},
+        "spec.correction.ewma.window",
+        "4; decay is 0.5",
+        "may not be given beside decay: each alone fixes the decay",
+        "Set decay or window, or neither for a decay that follows the measured staleness.",
+        # A setting without an effect is not refused: the route is Snapshot, the fallback Drop.
+        {"spec.correction.ewma": {"decay": 0.5}, "spec.correction.eager": {"enabled": False, "prefixTokens": 0}},
+    ),
     Case(
         "pool-name",
         {f"{POOLS}.0.name": "a" * 17},
@@ -227,9 +337,18 @@ CASES = (
         {f"{POOLS}.0.name": "trainer"},
         "spec.rolloutPools[0].name",
         '"trainer"',
-        "is the name of the trainer pool",
+        "is the name of the trainer pool, or of the old-policy pool",
         "Choose another name.",
         {f"{POOLS}.0.name": "trainers"},
+    ),
+    Case(
+        "pool-name-is-free",
+        {f"{POOLS}.0.name": "old-policy"},
+        "spec.rolloutPools[0].name",
+        '"old-policy"',
+        "is the name of the trainer pool, or of the old-policy pool",
+        "Choose another name.",
+        {f"{POOLS}.0.name": "old-policy-2"},
     ),
     Case(
         "unique-pool-names",
@@ -255,8 +374,17 @@ CASES = (
         "spec.failurePolicy.rules[0].pools[1]",
         '"mian"',
         "names no pool of the job",
-        "Name `trainer` or a rollout pool.",
+        "Name `trainer`, a rollout pool, or `old-policy` where the job has an oldPolicyPool.",
         {"spec.failurePolicy.rules": [{"name": "r", "pools": ["trainer", "main"], "action": "FailJob"}]},
+    ),
+    Case(
+        "failure-rules-name-pools",
+        {"spec.failurePolicy.rules": OLD_POLICY_RULES},
+        "spec.failurePolicy.rules[0].pools[0]",
+        '"old-policy"',
+        "names no pool of the job",
+        "Name `trainer`, a rollout pool, or `old-policy` where the job has an oldPolicyPool.",
+        DEDICATED | {"spec.failurePolicy.rules": OLD_POLICY_RULES},
     ),
     Case(
         "unique-failure-rule-names",
@@ -343,6 +471,33 @@ CLUSTER_CASES = (
         OWNED.format("rollout"),
         "Remove it.",
         {f"{POOLS}.0.template.spec.containers": [container("rollout", volumeMounts=[{"mountPath": "/data"}])]},
+    ),
+    Case(
+        "old-policy-template-owned-fields",
+        DEDICATED | {f"{OLD_POLICY}.containers": [container("old-policy", readinessProbe={})]},
+        "spec.oldPolicyPool.template.spec.containers[0].readinessProbe",
+        "{}",
+        OWNED.format("old-policy"),
+        "Remove it.",
+        DEDICATED | {f"{OLD_POLICY}.containers": [container("rollout", readinessProbe={}), container("old-policy")]},
+    ),
+    Case(
+        "old-policy-template-containers",
+        DEDICATED | {f"{OLD_POLICY}.containers": [container("")]},
+        "spec.oldPolicyPool.template.spec.containers[0]",
+        '{"name": ""}',
+        CONTAINERS,
+        "Write each container after `- name: `, the runtime's own as `- name: old-policy`.",
+        DEDICATED | {f"{OLD_POLICY}.containers": [container("old-policy")]},
+    ),
+    Case(
+        "old-policy-template-container-names",
+        DEDICATED | {f"{OLD_POLICY}.containers": [container("old-policy"), container("old-policy")]},
+        "spec.oldPolicyPool.template.spec.containers[1].name",
+        '"old-policy"',
+        "is the name of another container of the pod",
+        "Give each container its own name.",
+        DEDICATED | {f"{OLD_POLICY}.containers": [container("old-policy"), container("logs")]},
     ),
     Case(
         "trainer-template-containers",

@@ -122,7 +122,7 @@ def test_replicas_have_no_default_for_an_autoscaler_may_own_them() -> None:
 
 
 def test_pod_templates_declare_metadata_and_containers_and_keep_the_rest() -> None:
-    for template in ("spec.trainer.template", "spec.rolloutPools[*].template"):
+    for template in ("spec.trainer.template", "spec.rolloutPools[*].template", "spec.oldPolicyPool.template"):
         assert set(PARTS[template]["properties"]) == {"metadata", "spec"} and OPEN not in PARTS[template]
         assert PARTS[f"{template}.metadata"][OPEN] and "properties" not in PARTS[f"{template}.metadata"]
         assert PARTS[f"{template}.spec"][OPEN] and set(PARTS[f"{template}.spec"]["properties"]) == {"containers"}

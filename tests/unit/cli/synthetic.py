@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rljob.run_directory import RunDirectory, RunInfo
+from rljob_api.diagnostics import Diagnostics, LeakCell
 from rljob_api.messages import (
     BucketStats,
     Distribution,
@@ -69,6 +70,15 @@ def report(step: int, **changes: Any) -> StepReport:
         "seconds_total": 0.7,
     }
     return StepReport(**(fields | changes))
+
+
+def leaking(step: int, *, rising: float = 0.0) -> Diagnostics:
+    """Diagnostics of a step whose RMS of log r_d is the same at staleness 0 to 2, or grows by `rising` a version."""
+    cells = tuple(
+        LeakCell(step - 1 - n, n, 0, 1000, 1e-3 * (1 + rising * n) * (1 + 0.02 * (-1) ** (step + n)))
+        for n in range(min(step, 3))
+    )
+    return Diagnostics(tokens=1000 * len(cells), leak_cells=cells)
 
 
 def worker(generated: int, delivered: int, **changes: Any) -> WorkerState:

@@ -4,10 +4,10 @@ import io
 from dataclasses import replace
 
 from rich.console import Console
-from tests.unit.cli.synthetic import report, worker
+from tests.unit.cli.synthetic import leaking, report, worker
 
 from rljob.live import LiveView, plain_line, render, sparkline
-from rljob_api.messages import PublishedVersion, WorkerPhase
+from rljob_api.messages import DedicatedReport, PublishedVersion, WorkerPhase
 from rljob_api.weights import Blob
 from rljob_protocol.coordinator import CoordinationSummary, CoordinatorSettings, new_state, summary
 
@@ -73,8 +73,25 @@ def test_one_step_is_one_line() -> None:
     assert "trainer idle 29%" in line
 
 
+def test_the_old_policy_pool_is_shown_where_there_is_one_and_says_when_it_is_late() -> None:
+    in_time = DedicatedReport(waiting_seconds=0.25, tokens_scored=900, backlog=3, workers=2)
+    late = DedicatedReport(waiting_seconds=60.0, tokens_scored=1000, tokens_late=500, backlog=40)
+    line = plain_line(report(3, dedicated=in_time), coordination(), 40)
+    assert line.endswith(" old-policy pool: 2 workers alive, backlog 3, waited 0.2 s")
+    text = text_of(LiveView("toy", 40, (report(1, dedicated=late),), coordination(), 1.0))
+    assert "no worker alive, backlog 40, waited 60.0 s, 500 of 1,500 stale tokens late" in text
+    assert "old-policy pool" not in text_of(LiveView("toy", 40, (report(1),), coordination(), 1.0))
+
+
 def test_a_sparkline_is_as_wide_as_its_values_up_to_its_bound_and_clamps() -> None:
     assert sparkline([]) == ""
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([-1.0, 2.0]) == "▁█"
     assert len(sparkline([0.3] * 1000)) == 60
+
+
+def test_the_view_says_in_one_line_whether_staleness_leaks() -> None:
+    steps = tuple(report(step, reward=0.1, diagnostics=leaking(step, rising=0.5)) for step in range(1, 31))
+    text = text_of(LiveView("toy", 40, steps, coordination(), 30.0))
+    assert "leak           rises with staleness: staleness leaks into the discrepancy mask" in text
+    assert "leak  " not in text_of(LiveView("toy", 40, (report(1),), coordination(), 30.0))

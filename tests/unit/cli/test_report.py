@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from tests.unit.cli.synthetic import SOURCES, report, worker, write_run
+from tests.numerics.test_divergence import THRESHOLDS, batch
+from tests.unit.cli.synthetic import SOURCES, leaking, report, worker, write_run
 
-from rljob.leak import version_that_passes
+from rljob.leak import reported_leak, version_that_passes
 from rljob.report import PLOTS, write_report
 from rljob.run_directory import RunDirectory
+from rljob_api.diagnostics import AuditBucket, AuditReport
 from rljob_api.errors import BadInput, RljobError
-from rljob_api.messages import Outcome, TrajectoryHeader
+from rljob_api.messages import Outcome, SourceStats, TrajectoryHeader
+from rljob_runtime.correction.step_diagnostics import step_diagnostics
 
+RISES = "rises with staleness: staleness leaks into the discrepancy mask"
 VOID = {"meta", "br", "path", "use", "rect", "stop", "img", "hr", "input", "link"}
 REFERENCES = ("src", "href", "xlink:href", "data", "action", "poster", "srcset")
 
@@ -31,7 +35,9 @@ class Page(HTMLParser):
         self.cells: list[str] = []
         self.text = ""
         self.labels: list[str] = []
+        self.runs = 0
         self.feed(text)
+        self.runs = len(re.findall(r"<th>", text.split("<tbody>")[0])) - 1
         assert self.open == [], f"left open: {self.open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -61,6 +67,12 @@ def make_run(root: Path, name: str = "toy", steps: int = 30) -> RunDirectory:
 def written(directories: list[RunDirectory], output: Path) -> Page:
     write_report(directories, output)
     return Page(output.read_text(encoding="utf-8"))
+
+
+def row(page: Page, name: str) -> list[str]:
+    """Cells of a row of the table of the correction, a run each; no-break spaces as plain ones."""
+    (after,) = [page.cells[i + 1 :] for i, cell in enumerate(page.cells) if cell == name]
+    return [cell.replace("\u00a0", " ") for cell in after[: page.runs]]
 
 
 def test_one_run_has_every_plot_its_summary_and_its_workers(tmp_path: Path) -> None:
@@ -177,12 +189,94 @@ def with_record(root: Path, leaking: float) -> RunDirectory:
 
 def test_staleness_in_the_discrepancy_is_told_from_noise_that_grows_over_training(tmp_path: Path) -> None:
     page = written([with_record(tmp_path / "a", 0.0), with_record(tmp_path / "b", 0.3)], tmp_path / "report.html")
-    of_a, of_b = re.findall(r"(.): RMS of log r_d varies by (.*?)% .*?: (flat|it changes)", page.text)
-    assert (of_a[0], of_a[2]) == ("a", "flat")
-    assert (of_b[0], of_b[2]) == ("b", "it changes")
+    of_a, of_b = re.findall(r"(.): RMS of log r_d varies by (.*?)% .*?trajectories: (.*?)\.", page.text)
+    assert (of_a[0], of_a[2]) == ("a", "flat: clean")
+    assert (of_b[0], of_b[2]) == ("b", RISES)
     assert float(of_a[1]) < 10 < float(of_b[1])
-    assert page.cells[page.cells.index("Flatness, p") + 2] == "0.001"
-    assert float(page.cells[page.cells.index("Flatness, p") + 1]) > 0.01
+    flatness = row(page, "… flatness test on the record, p")
+    assert flatness[1] == "0.001"
+    assert float(flatness[0]) > 0.01
+    assert row(page, "Leak") == ["flat: clean", RISES]
+
+
+def test_without_a_record_the_verdict_is_that_of_the_steps_own_reports(tmp_path: Path) -> None:
+    directories = [
+        write_run(
+            tmp_path / name, [report(s, reward=0.1, diagnostics=leaking(s, rising=rising)) for s in range(1, 31)], []
+        )
+        for name, rising in (("a", 0.0), ("b", 0.5))
+    ]
+    directories.append(make_run(tmp_path / "c"))
+    page = written(directories, tmp_path / "report.html")
+    assert row(page, "Leak") == ["flat: clean", RISES, "–"]
+    assert f"b: RMS of log r_d by the steps' own reports: {RISES}. Not tested on the record" in page.text
+    assert "c: whether staleness leaks into log r_d was not tested" in page.text
+
+
+def test_tokens_from_after_the_reward_passed_do_not_count_in_the_reports_verdict() -> None:
+    """Leaking from step 46 on, after the mean reward has passed: the cells of before decide."""
+    steps = [
+        report(s, reward=0.1 if s <= 30 else 1.0, diagnostics=leaking(s, rising=0.0 if s <= 45 else 2.0))
+        for s in range(1, 81)
+    ]
+    assert str(reported_leak(steps)) == "flat: clean"
+    assert str(reported_leak(steps, last=20)) == "flat: clean"
+    assert str(reported_leak([step.model_copy(update={"reward": 0.1}) for step in steps])) == RISES
+    assert str(reported_leak(steps, last=3)) == "too few tokens to say"
+    assert reported_leak([report(1)]) is None
+
+
+def test_sources_cost_and_audits_of_compared_runs_stand_side_by_side(tmp_path: Path) -> None:
+    def stats(tokens: int) -> SourceStats:
+        return SourceStats(tokens=tokens, rms_log_discrepancy=1e-3, max_abs_log_discrepancy=5e-3)
+
+    audit = AuditReport(
+        tokens=30,
+        by_staleness={
+            str(n): AuditBucket(tokens=10, leak=0.01 * abs(n - 1), approximate=0.02, exact=0.01, drift=0.01 * n)
+            for n in range(3)
+        },
+        version_weights=(1 / 3, 1 / 3, 1 / 3),
+    )
+    exact = [report(s, reward=s / 40, sources={"resident": stats(30), "snapshot": stats(70)}) for s in range(1, 41)]
+    missing = leaking(1).model_copy(update={"missing_share": 0.5, "center_of_mass": 1.25, "staleness_gap": -0.25})
+    ewma = [
+        report(
+            s, sources={"resident": stats(30), "ewma": stats(70)}, diagnostics=missing, audit=audit, seconds_scoring=0.2
+        )
+        for s in range(1, 31)
+    ]
+    page = written(
+        [write_run(tmp_path / "a", exact, []), write_run(tmp_path / "b", ewma, [])], tmp_path / "report.html"
+    )
+    last = [sum(range(38, 41)) / 3 / 40, sum(range(28, 31)) / 3 / 50]
+    assert row(page, "Reward, mean of the last 3 steps") == [f"{value:.4f}" for value in last]
+    assert row(page, "Tokens by source") == [
+        "resident 30.0% · snapshot 70.0%", "resident 15.0% · ewma 35.0% · missing 50.0%"
+    ]  # fmt: skip
+    assert row(page, "… exact, of the trained") == ["1.0000", "0.3000"]
+    assert row(page, "Step: scoring") == ["0.100 s, 14.3%", "0.200 s, 28.6%"]
+    assert row(page, "EWMA, centre of mass, versions") == ["–", "1.25, last step"]
+    assert row(page, "… mean staleness less that") == ["–", "-0.25, last step"]
+    assert row(page, "Audited tokens") == ["–", "900"]
+    # Straight drift of 0.01, centre of mass 1: residuals 0.01, 0, 0.01.
+    assert row(page, "… leak, RMS, measured / predicted") == ["–", "8.16e-03 / 8.16e-03"]
+    assert row(page, "… log r_d, RMS, as used / exact") == ["–", "2.00e-02 / 1.00e-02"]
+
+
+def test_a_row_that_no_run_has_anything_for_is_left_out(tmp_path: Path) -> None:
+    page = written([make_run(tmp_path / "a"), make_run(tmp_path / "b")], tmp_path / "report.html")
+    assert "Kept by the discrepancy mask" in page.cells
+    assert "Audited tokens" not in page.cells
+    assert "Leak" not in page.cells
+
+
+def test_a_steps_diagnostics_are_in_the_table(tmp_path: Path) -> None:
+    found = step_diagnostics(batch(), THRESHOLDS)
+    page = written([write_run(tmp_path / "a", [report(1, diagnostics=found)], [])], tmp_path / "report.html")
+    assert found.discrepancy is not None
+    assert row(page, "Engine against trainer, exact tokens: KL (k3)") == [f"{found.discrepancy.kl_k3:.2e}"]
+    assert row(page, "… A ≥ 0 / A < 0") == [f"{found.clip_high_share:.4f} / {found.clip_low_share:.4f}"]
 
 
 def test_only_tokens_from_before_the_reward_passed_count() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.cli.synthetic import report, worker
+from tests.unit.cli.synthetic import leaking, report, worker
 
-from rljob.summary import as_text, conservation, summarise
+from rljob.summary import Summary, as_text, conservation, summarise
 from rljob_api.messages import StepReport, WorkerCounters, WorkerPhase, WorkerState
 
 
@@ -92,3 +92,15 @@ def test_tokens_that_are_missing_stand_in_the_text() -> None:
     )
     assert "NOT CONSERVED" in as_text(summary)
     assert "problem        main-0/a delivered 1 tokens, 103 arrived" in as_text(summary)
+
+
+def test_the_verdict_on_the_leak_is_one_line_of_the_text() -> None:
+    def of(steps: list[StepReport]) -> Summary:
+        return summarise("x", finished=True, steps=steps, workers=[], unread={}, seconds=1.0, worker_restarts=0)
+
+    flat = of([report(step, reward=0.1, diagnostics=leaking(step)) for step in range(1, 31)])
+    assert flat.leak == "flat: clean"
+    assert "\n  leak           flat: clean\n" in as_text(flat)
+    silent = of([report(step) for step in range(1, 31)])
+    assert silent.leak == ""
+    assert "  leak " not in as_text(silent)

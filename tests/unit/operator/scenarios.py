@@ -13,6 +13,7 @@ from rljob_api.status import FinalModelStatus
 from rljob_operator.core.observed import Progress
 
 CLAIM = {"spec.storage.checkpoint.persistentVolumeClaim": {"claimName": "ckpt"}}
+DEDICATED = {"spec.correction.oldLogprobs": "Dedicated", "spec.oldPolicyPool": {"replicas": 2}}
 FINAL = FinalModelStatus(version=10, uri="pvc://ckpt/job/final")
 
 
@@ -26,6 +27,11 @@ def running(*changes: dict[str, Any]) -> FakeKubernetes:
     made = cluster(*changes)
     made.settle()
     return made
+
+
+def all_but_the_old_policy_pool(pod: dict[str, Any]) -> bool:
+    """A scheduler that has no room for old-policy workers."""
+    return str(pod["metadata"]["labels"]["rljob.dev/pool"]) != "old-policy"
 
 
 def trainer_pod(fake: FakeKubernetes) -> dict[str, Any]:

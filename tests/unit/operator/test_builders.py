@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tests.fakes.kubernetes import FakeKubernetes
-from tests.unit.operator.scenarios import running
+from tests.unit.operator.scenarios import DEDICATED, running
 
 from rljob_api import names
 
@@ -45,6 +45,18 @@ GPU_POOL = {
 }
 
 
+GPU_OLD_POLICY = {
+    "replicas": 3,
+    "template": {
+        "metadata": {"labels": {"team": "a"}},
+        "spec": {
+            "nodeSelector": {"nvidia.com/gpu.product": "L40S"},
+            "containers": [{"name": "old-policy", "resources": {"limits": {"nvidia.com/gpu": "1"}}}],
+        },
+    },
+}
+
+
 def gpu_job() -> FakeKubernetes:
     return running({"spec.trainer": GPU_TRAINER, "spec.rolloutPools": [GPU_POOL]})
 
@@ -55,8 +67,11 @@ def trainer(fake: FakeKubernetes) -> dict[str, Any]:
 
 
 def rollout(fake: FakeKubernetes) -> dict[str, Any]:
-    (deployment,) = fake.of_kind("Deployment")
-    return deployment
+    return fake.objects["Deployment", "job-main"]
+
+
+def old_policy(fake: FakeKubernetes) -> dict[str, Any]:
+    return fake.objects["Deployment", "job-old-policy"]
 
 
 def container(workload: dict[str, Any], name: str) -> dict[str, Any]:
@@ -181,3 +196,67 @@ def test_credentials_come_as_a_file_of_the_secret() -> None:
         mount = next(item for item in container(workload, name)["volumeMounts"] if item["mountPath"] == folder)
         volume = next(item for item in workload["spec"]["template"]["spec"]["volumes"] if item["name"] == mount["name"])
         assert volume["secret"]["secretName"] == "nats"
+
+
+def test_an_old_policy_pool_is_a_deployment_of_scorers_of_its_own() -> None:
+    fake = running(DEDICATED)
+    deployment = old_policy(fake)
+    assert deployment["spec"]["replicas"] == 2
+    assert deployment["spec"]["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1},
+    }
+    labels = {"rljob.dev/name": "job", "rljob.dev/pool": "old-policy", "app.kubernetes.io/managed-by": "rljob"}
+    assert deployment["spec"]["selector"] == {"matchLabels": labels}
+    assert deployment["spec"]["template"]["metadata"]["labels"] == labels
+    item = container(deployment, "old-policy")
+    assert item["command"] == ["python", "-m", "rljob_runtime.old_policy"]
+    told = environment(item)
+    assert (told[names.ENV_POOL], told[names.ENV_UID]) == ("old-policy", fake.job["metadata"]["uid"])
+    (worker,) = [variable for variable in item["env"] if variable["name"] == names.ENV_WORKER]
+    assert worker["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+    assert item["readinessProbe"]["exec"]["command"] == ["cat", told[names.ENV_READY_FILE]]
+    assert names.ENV_ACCELERATOR not in told
+    assert names.ENV_ATTEMPT not in told, "it outlives the trainer's attempts"
+
+
+def test_an_old_policy_pool_has_no_disruption_budget_and_a_job_without_one_nothing_of_it() -> None:
+    budgets = {name for kind, name in running(DEDICATED).objects if kind == "PodDisruptionBudget"}
+    assert budgets == {"job-main"}
+    assert not [name for _, name in running().objects if "old-policy" in name]
+
+
+def test_an_old_policy_worker_that_asks_for_a_gpu_must_find_one_and_keeps_the_users_fields() -> None:
+    fake = running(DEDICATED | {"spec.oldPolicyPool": GPU_OLD_POLICY})
+    template = old_policy(fake)["spec"]["template"]
+    item = container(old_policy(fake), "old-policy")
+    assert environment(item)[names.ENV_ACCELERATOR] == "cuda"
+    assert item["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
+    assert template["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": "L40S"}
+    assert template["metadata"]["labels"]["team"] == "a"
+    assert item["securityContext"]["allowPrivilegeEscalation"] is False
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in item["volumeMounts"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+
+
+def test_an_old_policy_worker_reads_a_configuration_named_by_its_hash_without_templates() -> None:
+    fake = running(DEDICATED | {"spec.oldPolicyPool": GPU_OLD_POLICY})
+    hashed = old_policy(fake)["metadata"]["annotations"][names.ANNOTATION_HASH]
+    config = fake.objects["ConfigMap", f"job-old-policy-{hashed}"]
+    mounted = [volume.get("configMap") for volume in old_policy(fake)["spec"]["template"]["spec"]["volumes"]]
+    assert {"name": f"job-old-policy-{hashed}"} in mounted
+    assert config["immutable"] is True
+    assert json.loads(config["data"]["rljob.json"])["spec"]["oldPolicyPool"] == {"replicas": 3}
+
+
+def test_an_old_policy_worker_reads_weights_and_credentials_as_rollout_workers_do() -> None:
+    fake = running(
+        DEDICATED
+        | {"spec.storage.weights": {"persistentVolumeClaim": {"claimName": "weights"}}}
+        | {"spec.messaging": {"url": "nats://other:4222", "credentialsSecretRef": {"name": "nats"}}}
+    )
+    theirs, own = container(rollout(fake), "rollout"), container(old_policy(fake), "old-policy")
+    assert own["volumeMounts"] == theirs["volumeMounts"]
+    pool = {"name": names.ENV_POOL, "value": "old-policy"}
+    assert own["env"] == [pool if item["name"] == names.ENV_POOL else item for item in theirs["env"]]

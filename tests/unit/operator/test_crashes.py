@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.kubernetes import FakeKubernetes, crash_points
-from tests.unit.operator.scenarios import cluster, finish, trainer_pod
+from tests.unit.operator.scenarios import DEDICATED, cluster, finish, trainer_pod
 
 from rljob_operator.core import attempts
 from rljob_operator.core.plan import Plan
@@ -76,6 +76,21 @@ def delete(fake: FakeKubernetes) -> None:
     fake.settle()
 
 
+def dedicated() -> FakeKubernetes:
+    return cluster(DEDICATED)
+
+
+def old_policy_pool(fake: FakeKubernetes) -> None:
+    """It is made, scaled, rolled, suspended, brought back, and taken at the end."""
+    fake.settle()
+    template = {"spec": {"priorityClassName": "high"}}
+    for pool in ({"replicas": 3}, {"replicas": 1}, {"replicas": 1, "template": template}):
+        fake.edit(oldPolicyPool=pool)
+        fake.settle()
+    suspend_and_resume(fake)
+    succeed(fake)
+
+
 PLAYS = [
     create,
     trainer_fails,
@@ -107,9 +122,13 @@ def gist(fake: FakeKubernetes) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.__name__)
-def test_a_crash_before_any_write_changes_nothing_in_the_end(play: Play) -> None:
-    (_, smooth), *crashed = list(crash_points(play, cluster))
+@pytest.mark.parametrize(
+    ("play", "make"),
+    [*((play, cluster) for play in PLAYS), *((play, dedicated) for play in (create, old_policy_pool, delete))],
+    ids=lambda function: function.__name__,
+)
+def test_a_crash_before_any_write_changes_nothing_in_the_end(play: Play, make: Callable[[], FakeKubernetes]) -> None:
+    (_, smooth), *crashed = list(crash_points(play, make))
     assert smooth.writes > 3
     assert len(crashed) == smooth.writes
     for number, fake in crashed:
@@ -132,6 +151,10 @@ def test_the_plays_do_what_their_names_say() -> None:
     assert ("Deployment", "job-main") not in ends["pool_replaced_by_another"]["objects"]
     assert ends["succeed"]["conditions"]["Succeeded"] == ("True", "Succeeded") and ends["succeed"]["nats"]
     assert ends["fail_for_good"]["conditions"]["Failed"] == ("True", "InvalidConfiguration")
+    made = gist(next(iter(crash_points(create, dedicated)))[1])
+    assert ("Deployment", "job-old-policy") in made["objects"] and made["conditions"]["OldPolicyReady"][0] == "True"
+    ended = gist(next(iter(crash_points(old_policy_pool, dedicated)))[1])
+    assert (ended["attempt"], ended["conditions"]["Succeeded"], ended["replicas"]) == (2, ("True", "Succeeded"), [])
     assert ends["delete"]["exists"] is False and ends["delete"]["nats"] and ends["delete"]["objects"] == []
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.kubernetes import FakeKubernetes
-from tests.unit.operator.scenarios import cluster, finish, running, trainer_pod
+from tests.unit.operator.scenarios import DEDICATED, all_but_the_old_policy_pool, cluster, finish, running, trainer_pod
 
 from rljob_api.errors import Violation
 from rljob_api.messages import WorkerCounters
@@ -329,6 +329,38 @@ STATES["with a spec that the operator does not take"] = _unknown_field
 STATES["under a CRD that is older"] = _older_crd
 
 
+@state
+def starting_with_an_old_policy_pool() -> FakeKubernetes:
+    fake = cluster(DEDICATED)
+    fake.schedulable = all_but_the_old_policy_pool
+    fake.settle()
+    return fake
+
+
+@state
+def training_with_an_old_policy_pool() -> FakeKubernetes:
+    return running(DEDICATED)
+
+
+@state
+def without_a_node_for_the_old_policy_pool() -> FakeKubernetes:
+    fake = starting_with_an_old_policy_pool()
+    message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    for pod in fake.pods("old-policy"):
+        pod["status"]["conditions"] = [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+        ]
+    return fake
+
+
+@state
+def failed_by_the_start_deadline_of_the_old_policy_pool() -> FakeKubernetes:
+    fake = starting_with_an_old_policy_pool()
+    fake.now += timedelta(seconds=901)
+    fake.settle()
+    return fake
+
+
 def described(fake: FakeKubernetes, plan: Plan) -> str:
     """Conditions and Events as `kubectl describe` shows them, without times."""
     status = plan.status or fake.status
@@ -346,7 +378,7 @@ def text() -> str:
 
 
 def test_each_state_is_described_in_the_words_that_were_agreed() -> None:
-    now = re.sub(r"job-main-\d+", "job-main-N", text())
+    now = re.sub(r"job-(main|old-policy)-\d+", r"job-\1-N", text())
     if os.environ.get("RLJOB_WRITE_GOLDEN"):
         GOLDEN.write_text(now)
     assert now == GOLDEN.read_text()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.kubernetes import FakeKubernetes
-from tests.unit.operator.scenarios import condition, finish, ready, running, trainer_pod
+from tests.unit.operator.scenarios import DEDICATED, condition, finish, ready, running, trainer_pod
 
 from rljob_api.reasons import ConditionType, Reason
 from rljob_operator.core.observed import Progress
@@ -247,3 +247,37 @@ def test_a_worker_that_crashes_for_a_minute_is_made_anew_elsewhere() -> None:
     fake.now += timedelta(seconds=5)
     (deleted,) = [action for action in fake.reconcile().actions if isinstance(action, Delete)]
     assert (deleted.kind, deleted.uid) == ("Pod", pod["metadata"]["uid"])
+
+
+def test_a_failed_old_policy_worker_is_left_to_kubernetes_and_counts_for_nobody_else() -> None:
+    fake = running(DEDICATED, {"spec.failurePolicy": {"maxRestarts": 0}})
+    fake.now += timedelta(seconds=5)
+    for pod in fake.pods("old-policy"):
+        fake.end(pod, 1, '{"reason": "WorkerFailed", "message": "out of memory"}')
+    fake.settle()
+    assert restarts(fake) == (1, 0, 0)
+    assert not fake.status.completion_time
+    assert [(pool.name, pool.restarts) for pool in fake.status.pools] == [("main", 0), ("old-policy", 2)]
+
+
+@pytest.mark.parametrize(("message", "reason"), [(NO_GPU, "AcceleratorMissing"), (BAD_CONFIG, "InvalidConfiguration")])
+def test_a_hopeless_old_policy_worker_fails_the_job(message: str, reason: str) -> None:
+    fake = running(DEDICATED)
+    fake.now += timedelta(seconds=5)
+    fake.end(fake.pods("old-policy")[0], 3, message)
+    fake.settle()
+    failed = condition(fake, ConditionType.FAILED)
+    assert failed.reason == reason
+    assert "(pool old-policy)" in failed.message
+
+
+def test_a_rule_may_name_the_old_policy_pool() -> None:
+    rules = [rule("RestartPool", pools=["old-policy"], onReasons=["WorkerFailed"])]
+    fake = running(DEDICATED, {"spec.failurePolicy": {"rules": rules}})
+    before = {pool: {pod["metadata"]["uid"] for pod in fake.pods(pool)} for pool in ("main", "old-policy")}
+    fake.now += timedelta(seconds=5)
+    fake.end(fake.pods("old-policy")[0], 1, '{"reason": "WorkerFailed", "message": "out of memory"}')
+    fake.settle()
+    after = {pool: {pod["metadata"]["uid"] for pod in fake.pods(pool)} for pool in ("main", "old-policy")}
+    assert after["main"] == before["main"]
+    assert len(after["old-policy"]) == 2 and not after["old-policy"] & before["old-policy"]

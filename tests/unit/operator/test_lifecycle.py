@@ -6,11 +6,20 @@ from datetime import timedelta
 
 import pytest
 from tests.fakes.kubernetes import FakeKubernetes
-from tests.unit.operator.scenarios import cluster, condition, finish, ready, running, trainer_pod
+from tests.unit.operator.scenarios import (
+    DEDICATED,
+    all_but_the_old_policy_pool,
+    cluster,
+    condition,
+    finish,
+    ready,
+    running,
+    trainer_pod,
+)
 
 from rljob_api.names import FINALIZER
 from rljob_api.reasons import ConditionType, Reason
-from rljob_operator.core.observed import Progress, Refusal
+from rljob_operator.core.observed import Clue, Progress, Refusal
 from rljob_operator.core.plan import Merge, Replace
 
 
@@ -175,10 +184,11 @@ def test_another_ones_finalizer_is_kept() -> None:
         ("Job", "job-trainer-1"),
         ("Deployment", "job-main"),
         ("PodDisruptionBudget", "job-main"),
+        ("Deployment", "job-old-policy"),
     ],
 )
 def test_a_strangers_object_is_left_alone(kind: str, name: str) -> None:
-    fake = cluster()
+    fake = cluster(DEDICATED)
     template = {"metadata": {"annotations": {}}, "spec": {"containers": []}}
     mine = fake.add(
         {"kind": kind, "metadata": {"name": name}, "spec": {"replicas": 0, "completions": 0, "template": template}}
@@ -225,9 +235,9 @@ def test_a_live_change_touches_no_child() -> None:
 def test_a_changed_template_rolls_that_pool_and_a_newer_operator_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = running()
     before = {pod["metadata"]["uid"] for pool in ("main", "trainer") for pod in fake.pods(pool)}
-    from rljob_operator.core.builders import rollout_deployment, trainer_job
+    from rljob_operator.core.builders import trainer_job, worker_deployment
 
-    for module in (rollout_deployment, trainer_job):
+    for module in (worker_deployment, trainer_job):
         monkeypatch.setattr(module, "pod_template", lambda *_: {"metadata": {}, "spec": {"changed": True}})
     fake.settle()
     assert {pod["metadata"]["uid"] for pool in ("main", "trainer") for pod in fake.pods(pool)} == before
@@ -252,3 +262,153 @@ def test_an_autoscaled_pool_keeps_the_number_that_it_has() -> None:
     fake.settle()
     assert deployment["spec"]["replicas"] == 5
     assert len(fake.pods("main")) == 5
+
+
+# ------------------------------------------------------------------------------------------------------ old-policy pool
+
+
+def uids(fake: FakeKubernetes, pool: str) -> set[str]:
+    return {pod["metadata"]["uid"] for pod in fake.pods(pool)}
+
+
+def test_a_job_has_started_when_one_old_policy_worker_is_ready_too() -> None:
+    fake = cluster(DEDICATED, {"spec.startDeadlineSeconds": 100})
+    fake.schedulable = all_but_the_old_policy_pool
+    fake.settle()
+    assert ready(fake) == ("False", "Starting")
+    assert condition(fake, ConditionType.ROLLOUTS_READY).status == "True"
+    waiting = condition(fake, ConditionType.OLD_POLICY_READY)
+    assert (waiting.status, waiting.reason) == ("False", Reason.PODS_NOT_READY)
+    assert waiting.message == "Pool old-policy has 0 ready pods of the 1 that the job needs."
+    assert fake.status.started_time is None
+    first = fake.pods("old-policy")[0]["metadata"]["name"]
+    fake.schedulable = lambda pod: pod["metadata"]["name"] == first
+    fake.settle()
+    assert ready(fake) == ("True", "Training")
+    assert condition(fake, ConditionType.OLD_POLICY_READY).message == "1 old-policy worker is ready."
+    assert fake.status.started_time is not None
+
+
+def test_a_job_whose_old_policy_pool_never_runs_misses_its_start_deadline() -> None:
+    fake = cluster(DEDICATED, {"spec.startDeadlineSeconds": 100})
+    fake.schedulable = all_but_the_old_policy_pool
+    fake.settle()
+    fake.now += timedelta(seconds=105)
+    fake.settle()
+    failed = condition(fake, ConditionType.FAILED)
+    assert failed.reason == Reason.START_DEADLINE_EXCEEDED
+    assert failed.message.startswith("Trainer, minReplicas and an old-policy worker did not run within 100 s")
+    assert "Pool old-policy has 0 ready pods of the 1 that the job needs." in failed.message
+
+
+def test_a_job_without_an_old_policy_pool_has_no_condition_of_it() -> None:
+    fake = running()
+    finish(fake)
+    fake.settle()
+    assert ConditionType.OLD_POLICY_READY not in {item.type for item in fake.status.conditions}
+    assert [pool.name for pool in fake.status.pools] == ["main"]
+
+
+def test_the_status_lists_the_old_policy_pool_and_counts_no_worker_of_it_as_a_rollout() -> None:
+    fake = running(DEDICATED | {"spec.oldPolicyPool": {"replicas": 3}})
+    assert [(pool.name, pool.desired, pool.ready) for pool in fake.status.pools] == [
+        ("main", 2, 2),
+        ("old-policy", 3, 3),
+    ]
+    assert fake.status.columns.rollouts == "2/2"
+    assert condition(fake, ConditionType.ROLLOUTS_READY).message == "2 rollout pods are ready."
+
+
+def test_old_policy_workers_come_and_go_live() -> None:
+    fake = running(DEDICATED)
+    before = uids(fake, "main") | uids(fake, "trainer") | uids(fake, "old-policy")
+    for replicas in (5, 1):
+        fake.edit(oldPolicyPool={"replicas": replicas})
+        fake.settle()
+        assert len(fake.pods("old-policy")) == replicas
+        assert fake.objects["Deployment", "job-old-policy"]["spec"]["replicas"] == replicas
+    assert fake.status.attempt == 1
+    assert uids(fake, "main") | uids(fake, "trainer") <= before
+    assert uids(fake, "old-policy") <= before, "those that were there first stay, as the youngest go"
+
+
+def test_a_changed_template_of_the_old_policy_pool_rolls_that_pool_alone() -> None:
+    fake = running(DEDICATED)
+    others, own = uids(fake, "main") | uids(fake, "trainer"), uids(fake, "old-policy")
+    template = {"spec": {"containers": [{"name": "old-policy", "resources": {"limits": {"memory": "2Gi"}}}]}}
+    fake.edit(oldPolicyPool={"replicas": 2, "template": template})
+    (action,) = [action for action in fake.reconcile().actions if isinstance(action, Replace)]
+    assert action.name == "job-old-policy"
+    fake.settle()
+    assert uids(fake, "main") | uids(fake, "trainer") == others
+    assert len(uids(fake, "old-policy")) == 2 and not uids(fake, "old-policy") & own
+    assert fake.status.attempt == 1
+    configs = [name for kind, name in fake.objects if kind == "ConfigMap" and name.startswith("job-old-policy-")]
+    assert len(configs) == 1, "the configuration of the old pods goes with the last of them"
+
+
+def test_a_change_of_a_rollout_pool_or_the_trainer_leaves_the_old_policy_pool_alone() -> None:
+    fake = running(DEDICATED)
+    own = uids(fake, "old-policy")
+    pool = fake.job["spec"]["rolloutPools"][0]
+    fake.edit(rolloutPools=[{**pool, "engine": {"vllm": {"enforceEager": True}}}], trainer={"replicas": 2})
+    fake.settle()
+    assert fake.status.attempt == 2
+    assert uids(fake, "old-policy") == own
+
+
+def test_the_portions_that_are_scored_at_once_change_for_the_trainer_and_the_old_policy_pool() -> None:
+    fake = running(DEDICATED)
+    own, rollouts = uids(fake, "old-policy"), uids(fake, "main")
+    fake.edit(training=fake.job["spec"]["training"] | {"tokensPerMicroBatch": 1024})
+    fake.settle()
+    assert fake.status.attempt == 2
+    assert uids(fake, "main") == rollouts
+    assert len(uids(fake, "old-policy")) == 2 and not uids(fake, "old-policy") & own
+
+
+def test_suspension_takes_the_old_policy_pool_and_resumption_brings_it_back() -> None:
+    fake = running(DEDICATED)
+    fake.edit(suspend=True)
+    fake.settle()
+    assert not fake.pods("old-policy")
+    assert fake.objects["Deployment", "job-old-policy"]["spec"]["replicas"] == 0
+    assert condition(fake, ConditionType.OLD_POLICY_READY).reason == Reason.SUSPENDED
+    fake.edit(suspend=False)
+    fake.settle()
+    assert len(fake.pods("old-policy")) == 2
+    assert ready(fake) == ("True", "Training")
+
+
+def test_the_end_of_a_job_takes_its_old_policy_pool_and_its_deletion_leaves_nothing_of_it() -> None:
+    fake = running(DEDICATED)
+    finish(fake)
+    fake.settle()
+    assert not fake.of_kind("Deployment") and not fake.pods("old-policy")
+    ended = condition(fake, ConditionType.OLD_POLICY_READY)
+    assert (ended.status, ended.reason) == ("False", Reason.SUCCEEDED)
+    assert [(pool.name, pool.ready) for pool in fake.status.pools] == [("main", 0), ("old-policy", 0)]
+    assert deleted(fake).objects == {}
+    assert deleted(running(DEDICATED)).objects == {}
+
+
+def test_a_job_that_trains_and_loses_its_last_old_policy_worker_says_so() -> None:
+    fake = running(DEDICATED)
+    for pod in fake.pods("old-policy"):
+        pod["status"]["conditions"] = []
+    fake.reconcile()
+    assert ready(fake) == ("False", "PodsNotReady")
+    assert fake.status.started_time is not None, "it is no start any more: no deadline runs"
+
+
+def test_what_keeps_old_policy_workers_is_said_of_them_and_not_of_rollouts() -> None:
+    fake = cluster(DEDICATED)
+    fake.schedulable = lambda _: False
+    fake.clues = (Clue("Deployment", "job-old-policy", "ReplicaFailure", "exceeded quota: few"),)
+    fake.settle()
+    assert condition(fake, ConditionType.OLD_POLICY_READY).reason == Reason.PODS_REFUSED
+    assert condition(fake, ConditionType.ROLLOUTS_READY).reason == Reason.PODS_NOT_READY
+    fake.clues = (Clue("Deployment", "job-main", "ReplicaFailure", "exceeded quota: few"),)
+    fake.settle()
+    assert condition(fake, ConditionType.OLD_POLICY_READY).reason == Reason.PODS_NOT_READY
+    assert condition(fake, ConditionType.ROLLOUTS_READY).reason == Reason.PODS_REFUSED

@@ -7,7 +7,7 @@ from tests.fakes.engine import DeadEngine, ScriptedEngine, logprob_of
 
 from rljob_api.errors import DeadlineExceeded, EngineError
 from rljob_api.messages import TrajectoryHeader
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, Progress, VersionSpan
 from rljob_runtime.rollout.gate import MAX_SPURIOUS_ABORTS, Gate
 from rljob_runtime.rollout.partial import PartialRollout
 from rljob_runtime.rollout.tally import Tally
@@ -100,7 +100,7 @@ async def test_an_interruption_at_any_token_neither_loses_nor_repeats_one(at: in
 @pytest.mark.parametrize(("token", "finish"), [(STOP, "stop"), (9, "length")])
 async def test_an_abort_that_lands_on_the_last_token_ends_the_turn(token: int, finish: str) -> None:
     class Late(ScriptedEngine):
-        async def generate(self, request: GenerationRequest) -> Generation:
+        async def generate(self, request: GenerationRequest, progress: Progress | None = None) -> Generation:
             self.events.append(request.request_id)
             return Generation((8, token), (-1.0, -1.0), (VersionSpan(0, 0, 2),), "aborted")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.engine import FakeEngine
-from tests.fakes.messaging import FakeLink, FakeLog, FakeQueue, MemoryStore
+from tests.fakes.messaging import FakeLink, FakeLog, FakeQueue, FakeSegments, MemoryStore
 from tests.fakes.tokenizers import character_tokenizer
 
 from rljob_api.messages import CoordinatorHeartbeat, DesiredVersion, Outcome, Task, WorkerPhase, WorkerState
@@ -41,6 +41,7 @@ class Rig:
         self.tokenizer_dir = character_tokenizer(tmp_path / "tokenizer", alphabet)
         self.link, self.store = FakeLink(), MemoryStore()
         self.queue, self.log = FakeQueue(self.link), FakeLog(self.link)
+        self.segments = FakeSegments(self.link)
         self.engine = FakeEngine(lambda position: 3 + position % 10)
         self.generation = 0
         cache = tmp_path / "cache"
@@ -67,6 +68,7 @@ class Rig:
             self.log,  # type: ignore[arg-type]
             self.store,
             lambda directory: self.engine,
+            self.segments,
             engine_compute_type="Float32",
             lease_seconds=0.15,
         )

@@ -14,7 +14,7 @@ from rljob_api.messages import Outcome, Task, TrajectoryHeader
 from rljob_api.spec import Staleness
 from rljob_api.validate import parse_job
 from rljob_protocol import admission
-from rljob_runtime.trainer.intake import NOTHING, Intake, IntakeTotals
+from rljob_runtime.trainer.intake import NOTHING, Intake, IntakeTotals, Taken
 from rljob_runtime.trajectory_codec import Trajectory, encode_trajectory
 
 SPEC = parse_job(job(sampling__samplesPerTask=2, training__tasksPerStep=1, staleness__maxVersions=1)).spec
@@ -105,6 +105,20 @@ async def test_what_a_dead_attempt_finished_counts_where_it_is_fresh_enough_and_
     assert totals.rolled_back == (2, 3)
 
 
+async def test_waiting_tokens_are_counted_by_version_as_long_as_they_may_train_in_the_coming_step() -> None:
+    # A resume as version 3 of step 0: versions 0 to 2 and 3 itself are one step old when 4 comes, two when 5 does.
+    intake, _ = resumed(FakeLog(finished(0, 0, 0), finished(0, 1, 2), finished(1, 0, 3)), version=3)
+    await intake.recover()
+    all_three = {0: TOKENS, 2: TOKENS, 3: TOKENS}
+    assert await intake.waiting_tokens(3) == all_three
+    assert await intake.waiting_tokens(4) == all_three
+    await intake.step_trained(4)
+    assert await intake.waiting_tokens(4) == all_three
+    assert await intake.waiting_tokens(5) == {}
+    await intake.use(Staleness(max_versions=2))
+    assert await intake.waiting_tokens(5) == all_three
+
+
 async def test_a_sample_that_was_rolled_back_before_the_checkpoint_is_not_counted_again_after_another_death() -> None:
     log = FakeLog(finished(0, 0, 0), finished(1, 0, 1), finished(9, 0, 2))
     first, _ = resumed(log, version=3)
@@ -161,3 +175,35 @@ async def test_a_malformed_trajectory_is_passed_over_and_the_next_one_is_read() 
     await intake._admit()
     totals = await intake.totals()
     assert (totals.last_sequence, totals.pending) == (3, 2 * TOKENS)
+
+
+async def test_a_batch_that_may_not_train_yet_stays_in_the_ledger_and_the_next_answer_lets_it_go() -> None:
+    """Else a stop while a step waits for old log-probabilities would lose its groups: the checkpoint passes them."""
+    log = FakeLog(finished(0, 0, 3), finished(0, 1, 3))
+    tasks: Any = FakeTasks()
+    stream: Any = log
+    asked: list[Taken] = []
+    intake = Intake(
+        spec=SPEC,
+        epoch=2,
+        ledger=admission.on_resume(admission.new_ledger(), 3),
+        cursor=0,
+        totals=NOTHING,
+        tasks=tasks,
+        log=stream,
+        logger=logging.getLogger("test"),
+        may_train=lambda taken: asked.append(taken) or len(asked) > 2,  # type: ignore[func-returns-value]
+    )
+    await intake.recover()
+    await intake._admit()
+    before = await intake.snapshot()
+    assert await intake.next_batch(0.0) is None
+    assert await intake.next_batch(0.0) is None
+    assert await intake.snapshot() == before
+    assert (await intake.totals()).pending == 2 * TOKENS
+    taken = await intake.next_batch(0.0)
+    assert taken is not None
+    assert taken.sequences == {(0, 0): 1, (0, 1): 2}
+    assert [look.sequences for look in asked] == [taken.sequences] * 3
+    assert (await intake.totals()).pending == 0
+    assert await intake.snapshot() != before

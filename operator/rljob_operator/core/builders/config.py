@@ -21,18 +21,22 @@ _EVERYONE = ("model", "environment", "sampling", "correction", "messaging")
 
 def trainer_hash(spec: RLJobSpec) -> str:
     """Changes exactly when the trainer needs a new attempt."""
-    document = _as_sent(spec)
+    document = _as_meant(spec)
     return hash_of({field: document.get(field) for field in (*_EVERYONE, "storage", "training", "trainer")})
 
 
 def pool_hash(spec: RLJobSpec, pool: str) -> str:
     """Changes exactly when the pool's pods must be replaced."""
-    document = _as_sent(spec)
-    own = next(item for item in document["rolloutPools"] if item["name"] == pool)
+    document = _as_meant(spec)
+    used = {field: document.get(field) for field in _EVERYONE}
+    used |= {"weights": document.get("storage", {}).get("weights"), "computeType": spec.training.compute_type.value}
+    if pool == names.OLD_POLICY_POOL:
+        own = document["oldPolicyPool"]
+        used |= {"tokensPerMicroBatch": spec.training.tokens_per_micro_batch}  # it scores in the trainer's portions
+    else:
+        own = next(item for item in document["rolloutPools"] if item["name"] == pool)
     kept = {key: value for key, value in own.items() if key not in ("replicas", "minReplicas")}
-    computed = document["training"]["computeType"]
-    shared = {field: document.get(field) for field in _EVERYONE}
-    return hash_of({**shared, "weights": document["storage"].get("weights"), "computeType": computed, "pool": kept})
+    return hash_of({**used, "pool": kept})
 
 
 def config_map(observed: Observed, spec: RLJobSpec, name: str, *, pool: str, attempt: int | None) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def config_map(observed: Observed, spec: RLJobSpec, name: str, *, pool: str, att
     document = _as_sent(spec)
     for field in ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished", "failurePolicy"):
         document.pop(field, None)
-    for part in (document.get("trainer", {}), *document["rolloutPools"]):
+    for part in (document.get("trainer", {}), document.get("oldPolicyPool", {}), *document["rolloutPools"]):
         part.pop("template", None)  # may hold what the pods need not read
     content = {
         "apiVersion": names.API_VERSION,
@@ -59,4 +63,10 @@ def config_map(observed: Observed, spec: RLJobSpec, name: str, *, pool: str, att
 
 def _as_sent(spec: RLJobSpec) -> dict[str, Any]:
     document: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return document
+
+
+def _as_meant(spec: RLJobSpec) -> dict[str, Any]:
+    """What differs from the defaults: a field that a newer operator knows, left at its default, changes no hash."""
+    document: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return document

@@ -1,4 +1,4 @@
-"""A rollout pool: a Deployment. Its pods are replaced one after the other, never with more engines than asked for."""
+"""A rollout pool: engines and environments. A worker is ready while it serves a version within the staleness bound."""
 
 from __future__ import annotations
 
@@ -7,82 +7,21 @@ from typing import Any
 from rljob_api import names
 from rljob_api.pools import RolloutPool
 from rljob_api.spec import RLJobSpec
-from rljob_operator.core.builders.config import pool_hash
-from rljob_operator.core.builders.metadata import labels, metadata
-from rljob_operator.core.builders.pod_template import (
-    SCRATCH,
-    WEIGHTS_FOLDER,
-    Runtime,
-    claim,
-    environment,
-    from_field,
-    messaging,
-    pod_template,
-)
+from rljob_operator.core.builders.worker_deployment import Workers, worker_deployment
 from rljob_operator.core.observed import Observed
 
 GRACE_SECONDS = 60
-"""From SIGTERM to SIGKILL: time to hand over partial rollouts."""
-READY_FILE = f"{SCRATCH}/ready"
-"""The runtime keeps it while it serves a version within the bound."""
+"""Time to hand over partial rollouts."""
 
 
 def rollout_deployment(observed: Observed, spec: RLJobSpec, pool: RolloutPool, image: str) -> dict[str, Any]:
-    """The Deployment of a pool. Without `replicas` where an autoscaler owns the number."""
-    identity = observed.identity
-    name = names.pool_name(identity.name, pool.name)
-    hashed = pool_hash(spec, pool.name)
-    own = labels(identity, pool.name)
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": metadata(identity, name, pool=pool.name, hashed=hashed),
-        "spec": {
-            **({} if pool.replicas is None else {"replicas": pool.replicas}),
-            "selector": {"matchLabels": own},
-            # GPUs are scarce: a second engine beside the one it replaces would wait for ever.
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
-            "revisionHistoryLimit": 1,
-            # An engine takes minutes to start; our own conditions say what is late.
-            "progressDeadlineSeconds": 2_147_483_647,
-            "template": _template(observed, spec, pool, image, own, hashed),
-        },
-    }
-
-
-def _template(
-    observed: Observed, spec: RLJobSpec, pool: RolloutPool, image: str, own: dict[str, str], hashed: str
-) -> dict[str, Any]:
-    identity = observed.identity
-    secret = spec.messaging.credentials_secret_ref
-    nats, volumes, mounts = messaging(spec.messaging.url or observed.settings.nats_url, secret.name if secret else None)
-    variables = [*environment({names.ENV_UID: identity.uid, names.ENV_POOL: pool.name}), *nats]
-    variables.append(from_field(names.ENV_WORKER, "metadata.name"))
-    variables += environment({names.ENV_READY_FILE: READY_FILE})
-    weights = spec.storage.weights.persistent_volume_claim
-    if weights is not None:
-        volume, mount = claim("rljob-weights", weights.claim_name, WEIGHTS_FOLDER)
-        volumes.append(volume)
-        mounts.append({**mount, "readOnly": True})
-        variables += environment({names.ENV_WEIGHTS_DIR: f"{WEIGHTS_FOLDER}/{identity.name}"})
-    runtime = Runtime(
+    """The Deployment of a rollout pool."""
+    workers = Workers(
+        pool=pool.name,
         container=names.ROLLOUT_CONTAINER,
-        image=image,
-        image_pull_policy=observed.settings.image_pull_policy,
         command=("python", "-m", "rljob_runtime.rollout"),
-        config_map=names.config_name(identity.name, pool.name, hashed),
-        restart_policy="Always",
         grace_seconds=GRACE_SECONDS,
-        environment=tuple(variables),
-        volumes=tuple(volumes),
-        mounts=tuple(mounts),
-        probes={
-            "readinessProbe": {
-                "exec": {"command": ["cat", READY_FILE]},
-                "periodSeconds": 5,
-                "timeoutSeconds": 10,  # on a busy node the probe's own process may start late
-                "failureThreshold": 3,
-            }
-        },
+        replicas=pool.replicas,
+        template=pool.template,
     )
-    return pod_template(pool.template, runtime, own, {names.ANNOTATION_HASH: hashed})
+    return worker_deployment(observed, spec, workers, image)
