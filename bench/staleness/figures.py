@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,34 +38,6 @@ def learning(fresh: Sequence[Run], runs: Sequence[Run], delay: str, path: Path) 
     _save(draw, path, 9.6, 3.4)
 
 
-def by_cap(fresh: Sequence[Run], runs: dict[str, Sequence[Run]], path: Path) -> None:
-    """Mean of the last evaluations against the cap: a point a seed, a line through the means."""
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-        for axes, (delay, of_delay) in zip(panels, runs.items(), strict=True):
-            base = spread(fresh, last_mean)
-            axes.axhspan(base.low, base.high, color=FRESH_COLOR, alpha=0.3, linewidth=0, label="no staleness")
-            for number, arm in enumerate(ARMS):
-                found = [(cap, spread(chosen(of_delay, arm=arm, cap=cap), last_mean)) for cap in CAPS]
-                found = [(cap, of_cap) for cap, of_cap in found if of_cap.values]
-                shift = 1.02 ** (number - len(ARMS) / 2)
-                axes.plot(
-                    [cap * shift for cap, _ in found], [v.mean for _, v in found], color=ARM_COLORS[arm], label=arm
-                )
-                for cap, of_cap in found:
-                    axes.plot(
-                        [cap * shift] * len(of_cap.values), of_cap.values, ".", color=ARM_COLORS[arm], markersize=4
-                    )
-            axes.set(title=f"{delay} delay", xlabel="staleness bound, versions", xscale="log", ylim=(0, 1.02))
-            axes.set_xticks(CAPS, [str(cap) for cap in CAPS])
-            axes.minorticks_off()
-        panels[0].set(ylabel="reward, mean of the last 3 evaluations")
-        _legend_below(figure, panels[0])
-
-    _save(draw, path, 7.6, 3.6)
-
-
 def discrepancy(runs: Sequence[Run], cap: int, path: Path) -> None:
     """RMS of log r_d by staleness, in the middle third of training."""
 
@@ -87,26 +58,6 @@ def discrepancy(runs: Sequence[Run], cap: int, path: Path) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     _save(draw, path, 6.0, 3.0)
-
-
-def fractions(runs: Sequence[Run], cap: int, path: Path) -> None:
-    """Shares of tokens kept by the mask and stopped by the clip, over steps."""
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 3, sharey=True)
-        titles = {"keep": "kept by the mask", "clip": "stopped by the clip", "active": "with a gradient"}
-        for axes, (name, title) in zip(panels, titles.items(), strict=True):
-            for arm in ARMS:
-                of_arm = chosen(runs, arm=arm, cap=cap)
-                if of_arm:
-                    values = np.array([run.record[name] for run in of_arm])
-                    steps = np.array(of_arm[0].record["evaluation_steps"])
-                    axes.plot((steps[1:] + steps[:-1]) / 2, values.mean(axis=0), color=ARM_COLORS[arm], label=arm)
-            axes.set(title=f"{title}, cap {cap}", xlabel="step")
-        panels[0].set(ylabel="share of tokens", ylim=(-0.02, 1.02))
-        _legend_below(figure, panels[0])
-
-    _save(draw, path, 9.6, 3.4)
 
 
 def decays(runs: Sequence[Run], bounds: Sequence[float], path: Path) -> None:

@@ -28,18 +28,16 @@ from bench.staleness.summaries import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 LARGEST_CAP = sweeps.CAPS[-1]
+EARLY_STEPS = 70
+"""Of the runs on one stream: before rounding has grown into another run."""
 
 
 def write() -> None:
     """Make everything anew from bench/staleness/results/."""
     PAGE.write_text(filled(PAGE.read_text(), tables()))
-    bound, images = sweeps.calibrated_bound(), figures.IMAGES
-    variable, fixed = load("variable"), load("fixed")
-    fresh = chosen(variable, cap=0)
-    figures.learning(fresh, variable, "variable", images / "staleness-variable.svg")
-    figures.by_cap(fresh, {"variable": variable, "fixed": fixed}, images / "staleness-by-cap.svg")
+    bound, images, variable = sweeps.calibrated_bound(), figures.IMAGES, load("variable")
+    figures.learning(chosen(variable, cap=0), variable, "variable", images / "staleness-variable.svg")
     figures.discrepancy(variable, LARGEST_CAP, images / "staleness-discrepancy.svg")
-    figures.fractions(variable, LARGEST_CAP, images / "staleness-fractions.svg")
     figures.decays(load("decay"), (bound, sweeps.OPEN_BOUND), images / "staleness-decay.svg")
     figures.proposition(load_document("proposition"), images / "staleness-proposition.svg")
 
@@ -49,30 +47,19 @@ def tables() -> dict[str, str]:
     bound = sweeps.calibrated_bound()
     of_sweep = {name: load(name) for name in ("calibration", *sweeps.SWEEPS)}
     variable, opened = of_sweep["variable"], of_sweep["open_mask"]
-    fresh, sorting = chosen(variable, cap=0), of_sweep["sort"]
-    learning = {
-        f"{delay}-{cap}": learning_table(chosen(of_sweep[delay], cap=cap), fresh)
-        for delay in ("variable", "fixed")
-        for cap in sweeps.CAPS
-    }
+    fresh = chosen(variable, cap=0)
+    by_cap = {f"variable-{cap}": learning_table(chosen(variable, cap=cap), fresh) for cap in sweeps.CAPS}
     of_mask = {bound: chosen(variable, cap=sweeps.ABLATION_CAP), sweeps.OPEN_BOUND: opened}
     return {
-        **learning,
+        **by_cap,
+        "fixed": learning_table(of_sweep["fixed"], fresh),
         "machine": machine_line([run for runs in of_sweep.values() for run in runs]),
         "calibration": calibration_table(of_sweep["calibration"], bound),
         "open": learning_table(opened, chosen(of_sweep["calibration"], cap=0)),
-        "sort": learning_table(chosen(sorting, cap=LARGEST_CAP), chosen(sorting, cap=0)),
         "discrepancy": discrepancy_table(chosen(variable, cap=LARGEST_CAP)),
-        "mask-width": mask_width_table(
-            {
-                bound: of_mask[bound],
-                **{width: chosen(of_sweep["mask_width"], discrepancy_bound=width) for width in sweeps.MASKS_BETWEEN},
-                sweeps.OPEN_BOUND: opened,
-            }
-        ),
         "decay": decay_table(of_sweep["decay"], bound),
         "reset": reset_table({mask: [*runs, *of_sweep["reset"]] for mask, runs in of_mask.items()}),
-        "thresholds": thresholds_table(of_sweep["thresholds"], bound),
+        "thresholds": thresholds_table([*chosen([*variable, *opened], arm="exact"), *of_sweep["thresholds"]], bound),
         "table-4": _table(("n", "mask low", "mask high", "clip low", "clip high"), table_4()),
         "proposition": proposition_table(),
         "device-time": device_time_table(),
@@ -153,19 +140,6 @@ def discrepancy_table(runs: Sequence[Run]) -> str:
     return _table(("old policy", *(str(n) for n in range(LARGEST_CAP + 1))), rows)
 
 
-def mask_width_table(runs: dict[float, Sequence[Run]]) -> str:
-    """Mean of the last evaluations by mask and arm, over the seeds that all masks have."""
-    seeds = set.intersection(*({run.settings.seed for run in of_mask} for of_mask in runs.values()))
-    rows = []
-    for arm in ARMS:
-        cells = []
-        for of_mask in runs.values():
-            found = [run for run in chosen(of_mask, arm=arm) if run.settings.seed in seeds]
-            cells.append(f"{spread(found, last_mean).text(2)}; {spread(found, keep).mean:.2f}" if found else "–")
-        rows.append([arm, *cells])
-    return _table(("old policy", *(f"[1/{width:g}, {width:g}]" for width in runs)), rows)
-
-
 def decay_table(runs: Sequence[Run], bound: float) -> str:
     """Fixed decays, without resets."""
     rows = [
@@ -196,11 +170,12 @@ def reset_table(runs: dict[float, Sequence[Run]]) -> str:
 
 def thresholds_table(runs: Sequence[Run], bound: float) -> str:
     """Mask width times clip width, exact old log-probabilities."""
+    unique = {run.settings.key: run for run in runs}.values()
     rows = [
         [f"[1/{of_mask:g}, {of_mask:g}]", f"{clip:g}", *_ablation(found)]
         for of_mask in sweeps.mask_bounds(bound)
         for clip in sweeps.CLIPS
-        if (found := chosen(runs, discrepancy_bound=of_mask, clip=clip))
+        if (found := chosen(unique, cap=sweeps.ABLATION_CAP, discrepancy_bound=of_mask, clip=clip))
     ]
     return _table(("mask", "clip", *_ABLATION_HEAD), rows)
 
@@ -218,13 +193,17 @@ def _ablation(runs: Sequence[Run]) -> list[str]:
 
 
 def proposition_table() -> str:
-    """Largest relative difference of a parameter to the log-linear run, over all noted steps, and of the rewards."""
+    """Largest difference to the log-linear run, of a parameter (relative) and of the reward: early, and over all steps."""
     rows = []
     for run in load_document("proposition")["runs"]:
+        early = sum(step <= EARLY_STEPS for step in run["steps"])
         for name in ("moved", "as they were"):
-            apart = max(abs(a - b) for a, b in zip(run["reward"][name], run["reward"]["log-linear"], strict=True))
-            rows.append([str(run["seed"]), name, f"{max(run['difference'][name]):.1e}", f"{apart:.4f}"])
-    return _table(("seed", "thresholds on the total ratio", "parameters", "reward"), rows)
+            parameters = run["difference"][name]
+            rewards = [abs(a - b) for a, b in zip(run["reward"][name], run["reward"]["log-linear"], strict=True)]
+            cells = [f"{max(parameters[:count]):.0e}; {max(rewards[:count]):.3f}" for count in (early, None)]
+            rows.append([str(run["seed"]), name, *cells])
+    head = ("seed", "thresholds on the total ratio", f"first {EARLY_STEPS} steps: parameters; reward", "all steps")
+    return _table(head, rows)
 
 
 def device_time_table() -> str:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from bench.staleness.delays import DelayKind
-from bench.staleness.task import TaskName
 
 Arm = Literal["exact", "ewma", "ewma-no-reset", "log-linear", "current", "engine"]
 ARMS: tuple[Arm, ...] = ("exact", "ewma", "ewma-no-reset", "log-linear", "current", "engine")
@@ -32,7 +31,6 @@ class Settings:
     """Of the average; unset, it follows the mean staleness."""
     reset_threshold: float = 0.9
 
-    task: TaskName = "copy"
     digits: int = 2
     steps: int = 150
     groups: int = 32

@@ -120,7 +120,7 @@ class Rollouts:
             torch.rand(rows, its.digits, generator=self._tokens),
             engine_type=getattr(torch, its.engine),
         )
-        rewards_N = task.rewards(its.task, digits_NK, answers_NK)
+        rewards_N = task.rewards(digits_NK, answers_NK)
         advantages = [group_advantages(of_group, Advantage()) for of_group in rewards_N.view(its.groups, -1).numpy()]
         advantages_N = torch.tensor([value for of_group in advantages for value in of_group], dtype=torch.float32)
         return Batch(prompts_NP, answers_NK, behavior_NK, versions_NK, advantages_N), float(rewards_N.mean())
@@ -254,4 +254,4 @@ def evaluate(settings: Settings, learner: Learner) -> float:
         torch.rand(shape, generator=generator),
         engine_type=torch.float32,
     )
-    return float(task.rewards(settings.task, digits_NK, answers_NK).mean())
+    return float(task.rewards(digits_NK, answers_NK).mean())

@@ -17,7 +17,7 @@ RESET_THRESHOLDS = (0.8,)
 """Besides 0.9 and off, which are arms of the learning sweep."""
 CLIPS = (0.1, 0.2, 0.4)
 ABLATION_CAP = 4
-MASKS_BETWEEN = (1.05, 1.2)
+FIXED_ARMS = ("exact", "ewma", "current")
 OPEN_BOUND = 2.0
 """The project's default for a mask on single tokens."""
 
@@ -56,9 +56,9 @@ def variable(bound: float) -> Iterator[Settings]:
 
 
 def fixed(bound: float) -> Iterator[Settings]:
-    """Every arm under fixed delays."""
+    """The arms whose order matters most under fixed delays, at one cap."""
     for settings in variable(bound):
-        if settings.cap:
+        if settings.cap == ABLATION_CAP and settings.arm in FIXED_ARMS:
             yield replace(settings, delay="fixed")
 
 
@@ -67,22 +67,6 @@ def open_mask(bound: float) -> Iterator[Settings]:
     for settings in variable(bound):
         if settings.cap == ABLATION_CAP:
             yield replace(settings, discrepancy_bound=OPEN_BOUND)
-
-
-def mask_width(bound: float) -> Iterator[Settings]:
-    """Masks between the calibrated and the default one: how wide must it be to do no harm?"""
-    for seed in SEEDS[:2]:
-        for of_mask in MASKS_BETWEEN:
-            for arm in ARMS:
-                if arm not in ("ewma-no-reset", "engine"):
-                    yield Settings(arm=arm, cap=ABLATION_CAP, delay="variable", seed=seed, discrepancy_bound=of_mask)
-
-
-def sort(bound: float) -> Iterator[Settings]:
-    """Every arm on a harder task, with the largest cap: whether the order hangs on the task."""
-    for settings in variable(bound):
-        if settings.cap in (0, max(CAPS)):
-            yield replace(settings, task="sort", digits=4, steps=300, learning_rate=1e-3)
 
 
 def decay(bound: float) -> Iterator[Settings]:
@@ -133,10 +117,8 @@ def mask_bounds(bound: float) -> tuple[float, float, float]:
 SWEEPS = {
     "variable": variable,
     "open_mask": open_mask,
+    "fixed": fixed,
     "decay": decay,
     "reset": reset,
     "thresholds": thresholds,
-    "mask_width": mask_width,
-    "fixed": fixed,
-    "sort": sort,
 }
