@@ -14,7 +14,7 @@ from bench.staleness.results import Run
 from bench.staleness.settings import ARMS, Arm
 from bench.staleness.summaries import chosen, curves, last_mean, leak, pooled_buckets, spread
 from bench.staleness.sweeps import CAPS, DECAYS
-from rljob.plots import COLORS, STYLE
+from rljob.drawing import COLORS, STYLE
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 ARM_COLORS: dict[Arm, str] = {**dict(zip(ARMS, COLORS, strict=False)), "engine": "#111827"}
