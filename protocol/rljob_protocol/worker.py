@@ -308,7 +308,7 @@ def _while_held(state: WorkerState, now: float, *, is_swap_due: bool) -> tuple[W
     if barrier is not None and barrier != state.kept and (state.hand_over_at is None or now >= state.hand_over_at):
         deadline = now + state.settings.hand_over_timeout_seconds
         return replace(state, swap=Swap.HANDING_OVER, swap_deadline=deadline), (HandOver(),)
-    if state.serving is None or state.draining or is_swap_due or _must_stop(state, now) or _awaits_update(state):
+    if state.serving is None or state.draining or is_swap_due or _must_stop(state, now):
         return state, ()
     deadline = now + state.settings.gate_timeout_seconds
     return replace(state, swap=Swap.RESUMING, swap_deadline=deadline), (Resume(),)
@@ -325,15 +325,18 @@ def _may_swap(state: WorkerState, wanted: PublishedVersion) -> bool:
 
 
 def _must_stop(state: WorkerState, now: float) -> bool:
-    """No token may be generated: a barrier holds, or nobody can tell."""
+    """No token may be generated: a barrier holds, nobody can tell, or it could be scored by nobody any more."""
     if state.trainer is None:
         return False
-    is_silent = state.serving is not None and not state.draining and state.trainer.is_silent(now)
-    return is_silent or _barrier_to_keep(state) is not None
+    is_in_vain = state.serving is not None and (state.trainer.is_silent(now) or _awaits_update(state))
+    return _barrier_to_keep(state) is not None or (is_in_vain and not state.draining)
 
 
 def _awaits_update(state: WorkerState) -> bool:
-    """A newer version is published, its order under way: the trainer can score no more tokens of this one."""
+    """A newer version is published, its order under way: the trainer can score no more tokens of this one.
+
+    A trainer that is faster than a swap has passed the barrier of the very version that the swap ends with.
+    """
     quarantined = () if state.desired is None else state.desired.quarantined
     newest, serving = state.published, state.serving
     if newest is None or serving is None or newest.version in quarantined:

@@ -16,7 +16,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stale_tokens_are_scored_in_idle_time_and_each_value_verifies(tmp_path: Path, processes: int) -> None:
     directory = tmp_path / "run"
-    document = job(training__steps=20, trainer={"processesPerReplica": processes})
+    # Engines slow enough for the trainer to wait: without idle time nothing is scored ahead.
+    slow = {"simulated": {"decodeSeconds": 0.15}}
+    document = job(
+        training__steps=20,
+        trainer={"processesPerReplica": processes},
+        rolloutPools__0__engine=slow,
+        staleness__maxVersions=4,
+    )
     code, output = run(tmp_path, document, "--run-dir", str(directory))
     assert code == 0, output
     seen = summary(directory)
@@ -60,7 +67,9 @@ def test_the_interruption_route_is_exact_without_a_stored_version(tmp_path: Path
     steps = RunDirectory(directory).read_steps()
     assert {source for step in steps for source in step.sources} == {"resident", "pool"}
     barriers = [step.barrier for step in steps]
-    assert all(barrier is not None and (barrier.workers, barrier.missing) == (2, 0) for barrier in barriers)
+    assert all(barrier is not None and barrier.missing == 0 for barrier in barriers)
+    # The second worker may still be starting in the first steps.
+    assert [barrier.workers for barrier in barriers[-5:] if barrier is not None] == [2] * 5
     assert sum(barrier.tokens_scored for barrier in barriers if barrier is not None) > 0
     assert max(largest_log_discrepancy(directory).values()) <= 1e-4
     checked = verify(directory)

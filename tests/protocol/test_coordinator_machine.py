@@ -58,6 +58,7 @@ def worker(
     epoch: int = 1,
     generated: int = 0,
     in_flight: int = 0,
+    barrier: tuple[int, int] | None = None,
 ) -> WorkerState:
     return WorkerState(
         worker=name,
@@ -68,6 +69,7 @@ def worker(
         epoch=epoch,
         serving_version=version,
         counters=WorkerCounters(tokens_generated=generated, tokens_in_flight=in_flight),
+        barrier=barrier,
     )
 
 
@@ -217,6 +219,37 @@ def test_a_worker_that_has_not_converged_in_time_is_restarted_once_an_incarnatio
 def test_a_worker_that_starts_or_drains_is_no_laggard_to_restart(phase: WorkerPhase) -> None:
     _, effects = run(ordering(3), WorkersSeen((worker("w", 2, phase=phase),)), now=500.0)
     assert effects == ()
+
+
+def test_a_worker_that_keeps_the_ordered_versions_barrier_is_no_laggard_before_the_next_version_is_ordered() -> None:
+    """At version 3 it was fetching when the barrier of 3 came: it loads no version before 4 any more."""
+
+    def held(revision: int, version: int = 2, barrier: tuple[int, int] | None = (1, 3)) -> WorkerState:
+        return worker("w", version, revision, phase=WorkerPhase.HELD, barrier=barrier)
+
+    state, _ = run(ordering(3), WorkersSeen((worker("w", 2),)))
+    for revision in range(2, 60):
+        state, effects = run(state, WorkersSeen((held(revision),)), now=10.0 * revision)
+        assert effects == ()
+        assert summary(state, 10.0 * revision).laggards == ()
+    state, _ = run(
+        state,
+        PublishedSeen(published(4)),
+        ManifestChecked(published(4), None),
+        DesiredWritten(desired(4, 2)),
+        now=600.0,
+    )
+    state, effects = run(state, WorkersSeen((held(60),)), now=719.9)
+    assert effects == (), "its time runs from the order that ends the barrier"
+    _, effects = run(state, WorkersSeen((held(61),)), now=720.0)
+    said = "has served version 2 for 120 s while later ones were ordered, now version 4"
+    assert effects == (RestartWorker("w", "a", said),)
+
+
+def test_a_held_worker_that_serves_the_ordered_version_counts_as_converged() -> None:
+    state, _ = run(ordering(3), WorkersSeen((worker("w", 3, phase=WorkerPhase.HELD, barrier=(1, 3)),)))
+    state, effects = run(state, WorkersSeen((worker("w", 3, 2, phase=WorkerPhase.HELD),)), now=20.0)
+    assert (effects, summary(state, 20.0).converged) == ((), 1)
 
 
 def ordered_every(seconds: float, serving: Callable[[int], int]) -> tuple[Effect, ...]:

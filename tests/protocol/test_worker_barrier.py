@@ -194,6 +194,24 @@ def test_a_swap_past_the_barrier_is_not_held_up_by_it() -> None:
     assert effects == (Apply(published(4)), Probe(published(4)), OpenGate(), Report())
 
 
+def test_a_version_that_a_swap_ends_with_when_the_next_is_published_generates_nothing_and_the_next_one_does() -> None:
+    """The trainer trained on while this worker swapped: tokens of version 4 would come after its barrier."""
+    state, _ = run(holding(3), PublishedSeen(published(4)), ordered(4, 2), released(3), Fetched(published(4)))
+    state, effects = run(
+        state, PublishedSeen(published(5)), Applied(published(4)), ProbePassed(published(4)), GateShut(), Tick()
+    )
+    assert OpenGate() not in effects
+    assert (state.serving, state.phase) == (published(4), WorkerPhase.HELD)
+    _, effects = run(state, ordered(5, 3), *swap_events(5))
+    assert effects[-2:] == (OpenGate(), Report())
+
+
+def test_a_worker_that_learns_of_a_newer_version_without_a_barrier_stops_at_once() -> None:
+    state, effects = run(serving(3), PublishedSeen(published(4)))
+    assert effects == (ShutGate(), Report())
+    assert run(state, GateShut(), ordered(3, 2, quarantined=(4,)))[1] == (Report(), Resume())
+
+
 def test_a_worker_that_starts_while_a_barrier_holds_acknowledges_and_loads_the_next_version_first() -> None:
     state, effects = run(new_state(SETTINGS, 0.0), quiesce(3), GateShut(), HandedOver())
     assert effects == (ShutGate(), Report(), HandOver(), Report())

@@ -9,8 +9,10 @@ import asyncio
 import fcntl
 import multiprocessing
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rljob_api.errors import EngineError, EnginePoisoned
+from rljob_api.messages import TrajectoryHeader
 from rljob_api.weights import Probe, WeightManifest
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, Progress, Sampled, VersionSpan
+from rljob_runtime.rollout.gate import Gate
 from rljob_runtime.rollout.probe_check import check_probe
+from rljob_runtime.rollout.tally import Tally
 from rljob_runtime.rollout.vllm_engine import VllmEngine, VllmSettings
 from rljob_runtime.weights.encode import encode_version
 
@@ -180,6 +185,68 @@ async def test_an_interrupted_answer_goes_on_under_the_new_version(
     assert _largest_error(first, request, before) <= TOLERANCE
     assert _largest_error(second, rest, after) <= TOLERANCE
     assert _largest_error(first, rest, after) > 0.5  # control: the versions can be told apart
+
+
+async def test_tokens_come_during_a_long_turn_and_are_those_of_the_final_trajectory(
+    engine: VllmEngine, first: Version, second: Version
+) -> None:
+    """Through gate and partial, as an episode has it, with an interruption in the middle."""
+    gate = Gate(engine, Tally(), time.monotonic, progress_tokens=16)
+    gate.open()
+    lengths: list[int] = []
+    request = _request(6, max_tokens=300, temperature=0.9)
+    with gate.partial() as partial:
+        partial.observe(request.prompt)
+        partial.begin_turn()
+        partial.on_growth = lambda: lengths.append(partial.num_model_tokens)
+        turn = asyncio.create_task(gate.generate(request, partial))
+        while partial.num_model_tokens < 64:
+            assert not turn.done()
+            await asyncio.sleep(0)
+        streamed = partial.trajectory(TrajectoryHeader.model_construct())
+        await gate.shut(10.0)
+        interrupted_at = partial.num_model_tokens
+        await engine.apply(second.manifest, second.weights)
+        await engine.resume()
+        gate.open()
+        assert await turn == "length"
+        final = partial.trajectory(TrajectoryHeader.model_construct())
+    assert final.num_model_tokens == 300 and 64 <= interrupted_at < 300
+    for name in ("tokens", "turn", "weight_version", "behavior_logprobs"):
+        held = getattr(streamed, name)
+        assert (getattr(final, name)[: held.shape[0]] == held).all()
+    model_versions = final.weight_version[len(request.prompt) :].tolist()
+    assert model_versions == [1] * interrupted_at + [2] * (300 - interrupted_at)
+    steps = [following - one for one, following in pairwise([0, *lengths])]
+    assert min(steps) >= 1 and len(steps) >= 300 // 32, "often enough that no more than a few intervals wait"
+    halves = {1: first, 2: second}
+    for version, start, end in ((1, 0, interrupted_at), (2, interrupted_at, 300)):
+        before = tuple(final.tokens[: len(request.prompt) + start].tolist())
+        tokens = tuple(final.tokens[len(request.prompt) + start : len(request.prompt) + end].tolist())
+        logprobs = final.behavior_logprobs[len(request.prompt) + start : len(request.prompt) + end].tolist()
+        part = Generation(tokens, tuple(logprobs), (VersionSpan(version, 0, len(tokens)),), "length")
+        asked = _request(6, max_tokens=300, temperature=0.9, prompt=before)
+        assert _largest_error(halves[version], asked, part) <= TOLERANCE
+
+
+@pytest.mark.parametrize("every_tokens", [1, 7, 64])
+async def test_progress_and_rest_hold_each_token_once_at_any_interval(engine: VllmEngine, every_tokens: int) -> None:
+    requests = [_request(i, max_tokens=64 - i) for i in range(16)]
+    parts: list[list[Sampled]] = [[] for _ in requests]
+    rests = await asyncio.gather(
+        *(engine.generate(r, Progress(every_tokens, p.append)) for r, p in zip(requests, parts, strict=True))
+    )
+    for asked, taken, rest in zip(requests, parts, rests, strict=True):
+        assert sum(len(part.tokens) for part in (*taken, rest)) == asked.max_tokens
+        for part in (*taken, rest):
+            assert len(part.tokens) == len(part.logprobs)
+            assert part.spans == ((VersionSpan(1, 0, len(part.tokens)),) if part.tokens else ())
+
+
+async def test_tokens_given_away_under_a_version_that_did_not_sample_them_end_the_request(engine: VllmEngine) -> None:
+    engine._loaded = 7
+    with pytest.raises(EngineError, match="sampled under version 1 while version 7 was the loaded one"):
+        await engine.generate(_request(0, max_tokens=64), Progress(8, lambda _: None))
 
 
 async def test_a_pause_with_32_requests_in_flight_loses_nothing(engine: VllmEngine, first: Version) -> None:

@@ -15,14 +15,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rljob_api.messages import DesiredVersion, PublishedVersion, Task, WorkerPhase, WorkerState
-from rljob_api.names import KEY_DESIRED, KEY_PUBLISHED, JobNames, worker_key
-from rljob_api.spec import RLJob
+from rljob_api.messages import (
+    Barrier,
+    BarrierState,
+    DesiredVersion,
+    PublishedVersion,
+    Task,
+    WorkerPhase,
+    WorkerState,
+)
+from rljob_api.names import KEY_BARRIER, KEY_DESIRED, KEY_PUBLISHED, JobNames, worker_key
+from rljob_api.spec import Correction, Eager, OldLogprobs, RLJob
 from rljob_api.weights import Probe
+from rljob_protocol.ahead import SegmentLog
 from rljob_protocol.link import Link, StateLimits
 from rljob_protocol.server import NatsServer
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 from rljob_runtime.model_source import materialise
+from rljob_runtime.segment_codec import OpenSegment, decode_segment
 from rljob_runtime.trajectory_codec import Trajectory, decode_trajectory
 from rljob_runtime.weights.encode import encode_version, model_file_blobs
 from rljob_runtime.weights.nats_blobs import NatsBlobStore
@@ -51,6 +61,17 @@ JOB = RLJob.model_validate(
 )
 
 
+BARRIER_JOB = JOB.model_copy(
+    update={
+        "spec": JOB.spec.model_copy(
+            update={
+                "correction": Correction(old_logprobs=OldLogprobs.INTERRUPTION, eager=Eager(prefix_tokens=6)),
+            }
+        )
+    }
+)
+
+
 class Trainer:
     """Publishes versions (each with other weights) and tasks, orders versions, reads what comes back."""
 
@@ -60,8 +81,9 @@ class Trainer:
         self.directory = directory
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         self.queue, self.log = TaskQueue(link), TrajectoryLog(link)
-        self.revisions: dict[str, int | None] = {KEY_PUBLISHED: None, KEY_DESIRED: None}
+        self.revisions: dict[str, int | None] = {}
         self.received: list[Trajectory] = []
+        self.segments: list[tuple[int, OpenSegment]] = []
 
     async def serve(self, version: int, *, wrong_probe: bool = False) -> None:
         with torch.no_grad():
@@ -94,7 +116,7 @@ class Trainer:
         await self.link.hint(self.link.names.desired_hint)
 
     async def _write(self, key: str, value: Any) -> None:
-        self.revisions[key] = await self.link.write(key, value, expected_revision=self.revisions[key])
+        self.revisions[key] = await self.link.write(key, value, expected_revision=self.revisions.get(key))
 
     async def give(self, *numbers: int) -> None:
         for number in numbers:
@@ -103,6 +125,28 @@ class Trainer:
     async def read(self) -> None:
         async for _, data in self.log.read(0):
             self.received.append(decode_trajectory(data))
+
+    async def read_segments(self) -> None:
+        async for sequence, data in SegmentLog(self.link).read(0):
+            self.segments.append((sequence, decode_segment(data)))
+
+    async def quiesce(self, version: int) -> None:
+        await self._write(KEY_BARRIER, Barrier(epoch=1, version=version, state=BarrierState.QUIESCE))
+        await self.link.hint(self.link.names.barrier_hint)
+
+    async def release(self, version: int) -> None:
+        await self._write(KEY_BARRIER, Barrier(epoch=1, version=version, state=BarrierState.RELEASED))
+        await self.link.hint(self.link.names.barrier_hint)
+
+    def tokens(self) -> dict[tuple[int, int], tuple[int, int, float]]:
+        """(token, version, log-probability) of each model token on the segment stream, by (task, position)."""
+        found = {}
+        for _, segment in self.segments:
+            rows = zip(segment.tokens, segment.weight_version, segment.behavior_logprobs, strict=True)
+            for position, (token, version, logprob) in enumerate(rows, segment.header.start):
+                if version >= 0:
+                    found[segment.header.task, position] = int(token), int(version), float(logprob)
+        return found
 
     async def state(self) -> WorkerState | None:
         return await self.link.read_live(worker_key("main-0"), WorkerState)
@@ -149,7 +193,7 @@ async def stage(tmp_path: Path, server: NatsServer) -> AsyncIterator[Stage]:
     config.write_text(JOB.model_dump_json(by_alias=True))
     trainer = Trainer(link, materialise(JOB.spec.model, tmp_path / "model"))
     made = Stage(server, trainer, tmp_path / "cache", config)
-    reading = asyncio.create_task(trainer.read())
+    reading = asyncio.gather(trainer.read(), trainer.read_segments())
     try:
         yield made
     finally:
@@ -223,3 +267,53 @@ async def test_a_job_that_is_wrong_for_the_worker_ends_with_the_code_for_it(stag
     (tmp_path / "job.json").write_text(json.dumps(wrong))
     process = await stage.start_worker()
     assert await asyncio.wait_for(process.wait(), 120) == 78
+
+
+async def test_a_worker_streams_prefixes_keeps_a_barrier_over_an_outage_and_goes_on_with_the_next_version(
+    stage: Stage, tmp_path: Path
+) -> None:
+    (tmp_path / "job.json").write_text(BARRIER_JOB.model_dump_json(by_alias=True))
+    trainer = stage.trainer
+    await trainer.serve(0)
+    await trainer.give(*range(16))
+    process = await stage.start_worker()
+    await stage.until(lambda state: state.serving_version == 0 and state.in_flight == 8)
+    async with asyncio.timeout(60):
+        while not trainer.segments:  # sent while nothing was finished, or no barrier was there
+            await asyncio.sleep(0.05)
+    await trainer.quiesce(0)
+    held = await stage.until(lambda state: state.barrier == (1, 0))
+    assert held.phase is WorkerPhase.HELD and held.segments_sequence > 0
+    async with asyncio.timeout(30):
+        while max(sequence for sequence, _ in trainer.segments) < held.segments_sequence:
+            await asyncio.sleep(0.05)
+    known = trainer.tokens()
+    stage.server.kill()
+    await asyncio.sleep(1.0)
+    stage.server.restart()
+    await stage.until(lambda state: state.revision > held.revision + 2)
+    later = await trainer.state()
+    assert later is not None and later.barrier == (1, 0)
+    assert later.counters.tokens_generated == held.counters.tokens_generated, "it stands still"
+    await trainer.serve(1)
+    await trainer.release(0)
+    async with asyncio.timeout(120):
+        while {t.header.task for t in trainer.received} < set(range(16)):
+            await asyncio.sleep(0.05)
+    spanning = 0
+    delivered: set[tuple[int, int]] = set()
+    for trajectory in trainer.received:
+        task = trajectory.header.task
+        delivered |= {(task, i) for i in range(trajectory.num_tokens) if trajectory.weight_version[i] >= 0}
+        spanning += len(trajectory.versions) > 1
+        for position in range(trajectory.num_tokens):
+            if trajectory.weight_version[position] == 0 and len(trajectory.versions) > 1:
+                expected = (int(trajectory.tokens[position]), 0, float(trajectory.behavior_logprobs[position]))
+                assert known[task, position] == expected, "what was handed over is what was delivered"
+    assert spanning >= 1
+    assert set(known) <= delivered, "no token handed over was lost"
+    process.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(process.wait(), 30) == 0
+    last = await trainer.state()
+    assert last is not None and is_conserved(last)
+    assert last.counters.interruptions == 1 and last.counters.barrier_seconds > 1.0

@@ -97,6 +97,54 @@ async def test_an_interruption_at_any_token_neither_loses_nor_repeats_one(at: in
     assert gate.tokens_in_flight == 0
 
 
+@pytest.mark.parametrize("at", range(9))
+async def test_progress_brings_every_token_into_the_partial_while_the_turn_runs_and_changes_nothing_else(
+    at: int,
+) -> None:
+    engine = ScriptedEngine(script, version=3)
+    tally = Tally()
+    gate = Gate(engine, tally, Clock(), progress_tokens=3)
+    gate.open()
+    engine.stop_at(at)
+    seen: list[int] = []
+    with gate.partial() as partial:
+        partial.observe(PROMPT)
+        partial.begin_turn()
+        partial.on_growth = lambda: seen.append(partial.num_model_tokens)
+        turn = asyncio.create_task(gate.generate(request(9), partial))
+        await engine.held.wait()
+        assert partial.num_model_tokens == at - at % 3, "before the interruption: whole threes"
+        await swap(gate, engine, 4)
+        assert await turn == "length"
+        found = partial.trajectory(TrajectoryHeader.model_construct())
+        versions = [3] * at + [4] * (9 - at)
+        assert found.weight_version.tolist() == [-1, -1, -1, *versions]
+        assert found.behavior_logprobs[3:].tolist() == [logprob_of(v, 3 + i) for i, v in enumerate(versions)]
+        assert found.tokens[3:].tolist() == [script(3 + i) for i in range(9)]
+        assert tally.tokens_generated == 9 == seen[-1] == gate.tokens_in_flight
+        assert tally.partials_continued == (1 if at else 0)
+    assert seen == sorted(set(seen))
+
+
+async def test_turns_no_longer_than_the_interval_ask_for_no_progress() -> None:
+    engine = ScriptedEngine(script)
+    asked: list[bool] = []
+    generate = engine.generate
+
+    async def noting(request: GenerationRequest, progress: Progress | None = None) -> Generation:
+        asked.append(progress is not None)
+        return await generate(request, progress)
+
+    engine.generate = noting  # type: ignore[method-assign]
+    for interval, expected in ((0, False), (6, False), (5, True)):
+        gate = Gate(engine, Tally(), Clock(), progress_tokens=interval)
+        gate.open()
+        with gate.partial() as partial:
+            partial.begin_turn()
+            await gate.generate(request(6), partial)
+        assert asked.pop() is expected
+
+
 @pytest.mark.parametrize(("token", "finish"), [(STOP, "stop"), (9, "length")])
 async def test_an_abort_that_lands_on_the_last_token_ends_the_turn(token: int, finish: str) -> None:
     class Late(ScriptedEngine):
@@ -219,6 +267,28 @@ async def test_pause_times_run_from_shutting_to_opening_and_the_first_opening_is
         await gate.shut(1.0)
         gate.open()
     assert len(gate.pause_seconds) == 64
+
+
+async def test_time_for_which_the_gate_is_held_is_no_pause_of_the_swap() -> None:
+    clock = Clock()
+    engine = ScriptedEngine(script)
+    tally = Tally()
+    gate = Gate(engine, tally, clock)
+    gate.open()
+    for is_new, seconds in ((True, 40.0), (False, 5.0)):
+        clock.now += 100
+        gate.hold(True)
+        await gate.shut(1.0)
+        clock.now += seconds
+        assert gate.held_seconds == (40.0 if is_new else 45.0)
+        gate.hold(True)  # told again: nothing new
+        if is_new:
+            gate.hold(False)
+            clock.now += 0.5
+        gate.open(is_interruption=is_new)
+        assert (gate.pause_seconds, tally.interruptions) == ((0.5,), 1)
+    clock.now += 100
+    assert gate.held_seconds == 45.0
 
 
 async def test_busy_time_is_time_with_a_request_in_the_engine() -> None:

@@ -14,7 +14,7 @@ from tests.integration.engine.small_models import SmallModel, make_small_model, 
 
 from rljob_api.errors import EngineError
 from rljob_api.pools import SimulatedEngine as SimulatedTimes
-from rljob_runtime.rollout.engine import Generation, GenerationRequest, VersionSpan
+from rljob_runtime.rollout.engine import Generation, GenerationRequest, Progress, Sampled, VersionSpan
 from rljob_runtime.rollout.simulated_engine import SimulatedEngine, uniform
 
 TEMPERATURE = 0.7
@@ -70,6 +70,21 @@ async def test_scores_and_sampled_tokens_carry_the_logprobs_of_transformers(
             assert version.worst(prompt(index), generation, TEMPERATURE) <= 1e-4
             # Negative control.
             assert model.versions[other].worst(prompt(index), generation, TEMPERATURE) > 0.1
+
+
+async def test_tokens_come_while_a_request_runs_and_with_the_rest_they_are_those_of_a_request_without_progress(
+    engine: SimulatedEngine,
+) -> None:
+    whole = await engine.generate(request(0, 11))
+    parts: list[Sampled] = []
+    rest = await engine.generate(request(0, 11), Progress(3, parts.append))
+    assert [len(part.tokens) for part in (*parts, rest)] == [3, 3, 3, 2]
+    assert tuple(token for part in (*parts, rest) for token in part.tokens) == whole.tokens
+    assert tuple(logprob for part in (*parts, rest) for logprob in part.logprobs) == whole.logprobs
+    assert [part.spans for part in (*parts, rest)] == [(VersionSpan(0, 0, n),) for n in (3, 3, 3, 2)]
+    parts.clear()
+    assert (await engine.generate(request(0, 3), Progress(3, parts.append))).tokens == whole.tokens[:3]
+    assert parts == [], "the last tokens come with the end"
 
 
 async def test_a_result_depends_neither_on_the_batch_nor_on_interruptions(
