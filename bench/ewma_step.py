@@ -76,7 +76,7 @@ class Steps:
     def ewma(self) -> None:
         old = resolve_batch(self._policy, self._batch, self._store, SETTINGS, self._world, self._average)
         update = train_on(self._policy, self._optimizer, self._batch, old, SETTINGS, self._world, rate=RATE)
-        self._average.observe(step_statistics(self._batch, update, SETTINGS))
+        self._average.observe(step_statistics(self._batch, update, SETTINGS, {}))
         self._average.published(self._policy)
 
     def upkeep(self) -> None:

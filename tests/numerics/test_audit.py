@@ -12,12 +12,17 @@ from tests.numerics.toy import DriftingPolicy
 from rljob_api.diagnostics import AuditBucket, AuditReport
 from rljob_runtime.correction.audit import (
     audit_report,
-    ewma_version_weights,
     fit_drift,
     is_audited,
     pool_audits,
     predicted_leak,
 )
+
+
+def ewma_version_weights(decay: float, num_versions: int) -> tuple[float, ...]:
+    """Share of each version in an average of a fixed decay, newest first (Eq. 20 of arXiv 2605.12070)."""
+    powers = decay ** np.arange(num_versions)
+    return tuple((powers / powers.sum()).tolist())
 
 
 def test_the_selection_is_the_same_each_time_and_its_share_is_the_fraction() -> None:

@@ -26,7 +26,6 @@ from rljob_api.diagnostics import AuditBucket, AuditReport
 STRAIGHT = 2.0
 """Exponent of a drift that always goes the same way; assumed where only one staleness tells of it."""
 SMALLEST_EXPONENT = 0.05
-NEGLIGIBLE_SHARE = 1e-4
 Floats = NDArray[np.float64]
 
 
@@ -37,18 +36,6 @@ def is_audited(task: int, sample: int, *, seed: int, fraction: float) -> bool:
     """
     digest = hashlib.sha256(f"audit/{seed}/{task}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8]) < fraction * 2**64
-
-
-def ewma_version_weights(decay: float, num_versions: int) -> tuple[float, ...]:
-    """Share of each version in the bias-corrected average, newest first (Eq. 20 of arXiv 2605.12070).
-
-    Args:
-        decay: beta a version; with u updates of the average a version, beta^u.
-        num_versions: versions in the average since it began or was reset; >= 1. Shares too small to matter are left out.
-    """
-    powers = decay ** np.arange(num_versions)
-    powers = powers[powers >= NEGLIGIBLE_SHARE]
-    return tuple((powers / powers.sum()).tolist())
 
 
 def audit_report(
@@ -69,7 +56,7 @@ def audit_report(
         target_logprobs_N: of the policy as the step found it.
         staleness_N: integers.
         version_weights: share of each version in the reference, newest first, where it is an average of weights:
-            `ewma_version_weights`; (1.0,) for the present policy. Without it nothing is predicted.
+            `AveragedPolicy.version_weights`; (1.0,) for the present policy. Without it nothing is predicted.
 
     Raises:
         ValueError: the lengths differ.

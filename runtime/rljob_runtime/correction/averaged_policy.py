@@ -19,7 +19,10 @@ from rljob_api.messages import EwmaReport
 from rljob_api.spec import Correction, Ewma, Fallback, OldLogprobs
 from rljob_runtime.correction.ewma import WeightEwma
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
-from rljob_runtime.correction.published import PublishedParameters
+from rljob_runtime.correction.published import PublishedParameters, local_shard
+
+NEGLIGIBLE_SHARE = 1e-4
+"""Of a version in the average, over the newest one's: older ones are forgotten, in `version_weights` alone."""
 
 
 class AverageState(FrozenModel):
@@ -28,6 +31,7 @@ class AverageState(FrozenModel):
     decay: float
     weight: float
     aged_weight: float
+    shares: tuple[float, ...]
     monitor: EwmaMonitor
 
 
@@ -41,6 +45,7 @@ class AveragedPolicy:
         self._settings = settings
         self._monitor = EwmaMonitor()
         self._average = WeightEwma(self._monitor.decay(settings))
+        self._shares: tuple[float, ...] = ()
         self._is_reset_due = False
         self._distance = 0.0
 
@@ -59,6 +64,7 @@ class AveragedPolicy:
         self._monitor, self._is_reset_due = EwmaMonitor(), False
         self._average.decay = self._monitor.decay(self._settings)
         self._average.reset(masters)
+        self._shares = (1.0,)
         self._distance = _relative_distance(policy, self._average)
 
     def observe(self, step: StepStatistics) -> None:
@@ -73,9 +79,11 @@ class AveragedPolicy:
         self._average.decay = self._monitor.decay(self._settings)
         if self._is_reset_due:
             self._average.reset(_masters(policy))
-            self._is_reset_due = False
+            self._shares, self._is_reset_due = (1.0,), False
         else:
             self._average.update(_masters(policy))
+            aged = (self._average.decay * share for share in self._shares)
+            self._shares = (1.0, *(share for share in aged if share >= NEGLIGIBLE_SHARE))
         self._distance = _relative_distance(policy, self._average)
 
     @contextmanager
@@ -108,6 +116,11 @@ class AveragedPolicy:
             staleness_gap=self._monitor.mean_staleness - self._average.center_of_mass,
         )
 
+    def version_weights(self) -> tuple[float, ...]:
+        """Share of each version in the average, newest first, whatever the decays were; their sum is 1."""
+        total = sum(self._shares)
+        return tuple(share / total for share in self._shares)
+
     def tensors(self, policy: PublishedParameters) -> dict[str, Tensor]:
         """The average, sharded as the policy's parameters are: its own memory, to save it from and load it into."""
         return {name: _like(self._average.params[name], parameter) for name, parameter in policy.published_parameters()}
@@ -116,7 +129,11 @@ class AveragedPolicy:
         """The rest of what a checkpoint needs. To be taken after `published`: a reset that is due is not in it."""
         saved = self._average.state_dict()
         return AverageState(
-            decay=saved["decay"], weight=saved["weight"], aged_weight=saved["aged_weight"], monitor=self._monitor
+            decay=saved["decay"],
+            weight=saved["weight"],
+            aged_weight=saved["aged_weight"],
+            shares=self._shares,
+            monitor=self._monitor,
         )
 
     def restore(self, state: AverageState, policy: PublishedParameters) -> None:
@@ -124,7 +141,7 @@ class AveragedPolicy:
         self._average.load_state_dict(
             {**state.model_dump(include={"decay", "weight", "aged_weight"}), "params": self._average.params}
         )
-        self._monitor, self._is_reset_due = state.monitor, False
+        self._monitor, self._shares, self._is_reset_due = state.monitor, state.shares, False
         self._distance = _relative_distance(policy, self._average)
 
 
@@ -139,12 +156,7 @@ def averaged_policy(correction: Correction, policy: PublishedParameters) -> Aver
 
 def _masters(policy: PublishedParameters) -> dict[str, Tensor]:
     """This process's shards, sharing their memory."""
-    return {name: _local(parameter) for name, parameter in policy.published_parameters()}
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    detached = parameter.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+    return {name: local_shard(parameter) for name, parameter in policy.published_parameters()}
 
 
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rljob_api.diagnostics import AuditReport
-from rljob_api.messages import EwmaReport
 from rljob_api.spec import Correction, Fallback, OldLogprobs, RLJobSpec
-from rljob_runtime.correction.audit import audit_report, ewma_version_weights, is_audited
+from rljob_runtime.correction.audit import audit_report, is_audited
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import Source
 from rljob_runtime.trainer.batch import TrainBatch
@@ -125,7 +124,7 @@ class Auditor:
                 file.unlink(missing_ok=True)
 
     def report(
-        self, batch: TrainBatch, update: UpdateReport, exact: Exact, average: EwmaReport | None
+        self, batch: TrainBatch, update: UpdateReport, exact: Exact, average: tuple[float, ...]
     ) -> AuditReport | None:
         """What the audited tokens say; None in steps without one.
 
@@ -133,7 +132,7 @@ class Auditor:
             batch: the step's.
             update: what the loss used.
             exact: of `exact`.
-            average: the averaged weights that scored the step.
+            average: share of each version in the average that scored the step, newest first; empty without one.
         """
         if not exact:
             return None
@@ -155,10 +154,10 @@ class Auditor:
             version_weights=self._weights(average),
         )
 
-    def _weights(self, average: EwmaReport | None) -> tuple[float, ...]:
+    def _weights(self, average: tuple[float, ...]) -> tuple[float, ...]:
         match self._route:
             case OldLogprobs.CURRENT:
                 return (1.0,)
-            case OldLogprobs.EWMA if average is not None:
-                return ewma_version_weights(average.decay, average.steps_since_reset + 1)
+            case OldLogprobs.EWMA:
+                return average
         return ()

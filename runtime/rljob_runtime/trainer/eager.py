@@ -91,21 +91,19 @@ def score_round(
             temperature=settings.temperature,
             token_budget=settings.token_budget,
         )
-    wide = next(policy.parameters()).dtype is torch.float64
-    return _gathered(chosen.rows, dict(zip(share, own, strict=True)), policy.device, wide=wide)
+    return _gathered(chosen.rows, dict(zip(share, own, strict=True)), policy.device)
 
 
 def _gathered(
-    rows: Sequence[NDArray[np.int32]], own: Mapping[int, NDArray[np.float32]], device: torch.device, *, wide: bool
+    rows: Sequence[NDArray[np.int32]], own: Mapping[int, NDArray[np.float32]], device: torch.device
 ) -> list[NDArray[np.float32]]:
     """All rows' values on every rank: each row has one owner, so a sum of otherwise zero arrays is exact."""
     values = [own.get(index, np.zeros(row.shape)) for index, row in enumerate(rows)]
-    # One type on every rank, also on one that has no row: ranks of different types would wait for each other for ever.
-    shared = torch.from_numpy(np.concatenate([*values, np.zeros(0)]).astype(np.float64)).to(device)
+    # One type on every rank, whatever the policy's and whether or not it has a row: else ranks wait for each other for ever.
+    shared = torch.from_numpy(np.concatenate([*values, np.zeros(0)]).astype(np.float32)).to(device)
     dist.all_reduce(shared)
     ends = np.cumsum([row.shape[0] for row in rows], dtype=np.int64)
-    kind = np.float64 if wide else np.float32
-    return np.split(shared.cpu().numpy().astype(kind), ends[:-1]) if rows else []
+    return np.split(shared.cpu().numpy(), ends[:-1]) if rows else []
 
 
 def pool_report(

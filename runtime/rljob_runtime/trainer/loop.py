@@ -145,7 +145,7 @@ class Trainer:
         scored = time.monotonic()
         exact = self._auditor.exact(batch, self._step)
         audited = time.monotonic()
-        average = None if self._average is None else self._average.report()
+        average = () if self._average is None else self._average.version_weights()
         rate = learning_rate(self._spec.training, self._step)
         update = train_on(
             self._policy,
@@ -158,7 +158,7 @@ class Trainer:
             before_first_update=self._leave_version,
         )
         if self._average is not None:
-            self._average.observe(step_statistics(batch, update, self._settings))
+            self._average.observe(step_statistics(batch, update, self._settings, exact))
         trained = time.monotonic()
         self._step += 1
         self._version += 1
@@ -183,7 +183,7 @@ class Trainer:
                 diagnostics=step_diagnostics(
                     step_tokens(batch, update.records),
                     thresholds_of(self._settings),
-                    center_of_mass=None if average is None else average.center_of_mass,
+                    center_of_mass=sum(age * share for age, share in enumerate(average)) if average else None,
                 ),
                 rate=rate,
                 seconds=seconds,

@@ -51,7 +51,7 @@ class Run:
         batch = broadcast_batch(made, self.world.device)
         old = resolve_batch(self.policy, batch, self.store, CHOSEN, self.world, self.average)
         report = train_on(self.policy, self.optimizer, batch, old, CHOSEN, self.world, rate=TRAINING.learning_rate)
-        self.average.observe(step_statistics(batch, report, CHOSEN))
+        self.average.observe(step_statistics(batch, report, CHOSEN, {}))
         self.average.published(self.policy)
         return report
 

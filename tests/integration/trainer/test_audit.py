@@ -117,7 +117,7 @@ def test_audited_tokens_have_the_value_of_their_own_version_and_the_leak_is_the_
             value = by_version[int(row.weight_version[position])][index][position]
             assert exact[index][position] == pytest.approx(value, abs=1e-5)
             squares.append(float(update.records[index].old_logprobs[position] - value) ** 2)
-    report = auditor.report(batch, update, exact, None)
+    report = auditor.report(batch, update, exact, ())
     assert report is not None
     assert report.tokens == len(squares)
     assert report.leak_rms == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-4)
@@ -129,7 +129,7 @@ def test_audited_tokens_have_the_value_of_their_own_version_and_the_leak_is_the_
 
 def test_an_exact_route_leaves_nothing_and_its_snapshots_need_no_fetch(published: Published) -> None:
     batch, exact, update, auditor = audit(published, spec(auditFraction=0.05), held=published.store)
-    report = auditor.report(batch, update, exact, None)
+    report = auditor.report(batch, update, exact, ())
     assert report is not None
     assert report.tokens > 20
     assert report.leak_rms <= 1e-5
@@ -141,7 +141,7 @@ def test_a_version_that_is_gone_is_left_out(published: Published) -> None:
         return published.fetch(version) if version else None
 
     batch, exact, update, auditor = audit(published, spec(oldLogprobs="Current", auditFraction=0.05), fetch=fetch)
-    report = auditor.report(batch, update, exact, None)
+    report = auditor.report(batch, update, exact, ())
     assert report is not None
     assert list(report.by_staleness) == ["1"]
 
@@ -150,7 +150,7 @@ def test_between_audits_nothing_is_scored(published: Published) -> None:
     batch, _, update, auditor = audit(published, spec(oldLogprobs="Current", auditFraction=0.05))
     published.fetched.clear()
     assert auditor.exact(batch, step=EVERY_STEPS + 1) == {}
-    assert auditor.report(batch, update, {}, None) is None
+    assert auditor.report(batch, update, {}, ()) is None
     assert published.fetched == []
 
 

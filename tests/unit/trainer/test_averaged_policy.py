@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -173,6 +174,25 @@ def test_a_reset_takes_the_next_version_alone() -> None:
     policy.hold(1.0)
     average.published(policy)  # once: the next version is averaged again
     assert average.report().weight == 1.5
+
+
+def test_version_weights_are_those_of_the_decays_that_were() -> None:
+    """Weights 1, 10, 100 ... spell the shares out."""
+    policy, average = TwoWeights(1.0, dtype=torch.float64), AveragedPolicy(Ewma())
+    average.start(policy)
+    decays = []
+    for version in range(1, 6):
+        average.observe(step(mean=float(version % 3)))
+        policy.hold(10.0**version)
+        average.published(policy)
+        decays.append(average.report().decay)
+    assert len(set(decays)) == 3
+    weights = average.version_weights()
+    products = [math.prod(decays[len(decays) - age :]) for age in range(6)]
+    assert weights == pytest.approx([product / sum(products) for product in products])
+    averaged = average.tensors(policy)["weight"].item()
+    assert averaged == pytest.approx(sum(share * 10.0 ** (5 - age) for age, share in enumerate(weights)))
+    assert average.report().center_of_mass == pytest.approx(sum(age * share for age, share in enumerate(weights)))
 
 
 def test_the_decay_of_a_version_is_that_of_the_steps_before_it() -> None:

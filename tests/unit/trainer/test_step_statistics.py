@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from rljob_api.messages import Distribution
 from rljob_api.spec import Fallback, OldLogprobs
@@ -70,7 +72,7 @@ ROWS = (
 )
 
 
-def statistics(**changes: Any) -> StepStatistics:
+def statistics(audited: Mapping[int, NDArray[np.float32]] | None = None, **changes: Any) -> StepStatistics:
     batch = TrainBatch(5, tuple(made for made, _ in ROWS), groups_without_variance=0)
     update = UpdateReport(
         num_updates=1,
@@ -89,7 +91,7 @@ def statistics(**changes: Any) -> StepStatistics:
         staleness=Distribution(mean=0.7),
         records=tuple(record for _, record in ROWS),
     )
-    return step_statistics(batch, update, settings(**changes))
+    return step_statistics(batch, update, settings(**changes), audited or {})
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,14 @@ def test_kept_shares_are_those_of_the_mask_by_source(changes: dict[str, Any], ew
     assert (found.tokens, found.ewma_tokens, found.exact_tokens, found.mean_staleness) == (7, 3, 4, 0.7)
     assert found.ewma_keep_fraction == pytest.approx(ewma_kept / 3)
     assert found.exact_keep_fraction == pytest.approx(exact_kept / 4)
+
+
+def test_audited_tokens_are_exact_ones_as_the_mask_would_have_seen_them() -> None:
+    """Two of the average's three tokens, one kept and one not, are both inside under their exact value."""
+    audited = np.full(6, np.nan, np.float32)
+    audited[[1, 2]] = -3.0 + IN
+    found = statistics({0: audited})
+    assert (found.ewma_tokens, found.ewma_keep_fraction) == (3, pytest.approx(2 / 3))
+    assert (found.exact_tokens, found.exact_keep_fraction) == (6, pytest.approx(5 / 6))
+    over_the_bound = np.full(5, -3.0 + IN, np.float32)  # the prompt, missing and over the bound are not in the loss
+    assert statistics({1: over_the_bound}).exact_tokens == 4
