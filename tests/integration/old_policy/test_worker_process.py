@@ -204,8 +204,10 @@ async def test_killed_in_mid_run_and_drained_at_the_end_the_pool_scores_every_to
     in_hand = [await job.finish(50 + task, 2, 3) for task in range(6)]  # version 3 is not there yet
     process = await job.start()
     await job.scored(*first)
-    assert (tmp_path / "ready").exists()
     await job.until(lambda state: state.backlog == len(in_hand))
+    async with asyncio.timeout(30):  # written once a second
+        while not (tmp_path / "ready").exists():
+            await asyncio.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     await process.wait()
     await job.log.cut(first[20])  # the trainer trained some meanwhile
