@@ -23,6 +23,7 @@ def test_stale_tokens_are_scored_in_idle_time_and_each_value_verifies(tmp_path: 
         trainer={"processesPerReplica": processes},
         rolloutPools__0__engine=slow,
         staleness__maxVersions=4,
+        correction={"eager": {"prefixTokens": 2}},
     )
     code, output = run(tmp_path, document, "--run-dir", str(directory))
     assert code == 0, output

@@ -63,7 +63,7 @@ STREAM_FULL_SHARE = 0.7
 STREAM_CHECK_SECONDS = 5.0
 EAGER_ROUTES = (OldLogprobs.SNAPSHOT, OldLogprobs.INTERRUPTION)
 GATHER_SECONDS = 0.1
-"""How long a few tokens wait for more before they are scored ahead."""
+"""How long a few tokens wait for more at most before they are scored ahead; less where a round takes less."""
 
 
 class Leader:
@@ -112,6 +112,7 @@ class Leader:
             epoch=publisher.epoch, beat=0, phase=TrainerPhase.STARTING, step=0, steps=spec.training.steps, version=0
         )
         self._max_versions = spec.staleness.max_versions
+        self._round_began = self._round_seconds = 0.0
         self._stream_share = 0.0
         self._stream_checked = float("-inf")
         self.stop_requested = False
@@ -161,8 +162,9 @@ class Leader:
         found = self._call(rows())
         if found and sum(row.tokens.shape[0] for row in found) < budget // 2:
             # A forward for each message that comes would score the same prefixes again and again.
-            batch = self.next_batch(version, GATHER_SECONDS)
+            batch = self.next_batch(version, min(GATHER_SECONDS, self._round_seconds))
             found = [] if batch is not None else self._call(rows())
+        self._round_began = time.monotonic()
         return batch, found
 
     def next_batch(
@@ -192,6 +194,7 @@ class Leader:
 
     def scored(self, rows: Sequence[Wanted], logprobs: Sequence[NDArray[np.float32]]) -> None:
         """Values of rows that were scored ahead."""
+        self._round_seconds = time.monotonic() - self._round_began
         if self._ahead is not None:
             self._call(self._ahead.store(rows, logprobs))
 
