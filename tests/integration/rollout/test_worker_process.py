@@ -65,7 +65,9 @@ BARRIER_JOB = JOB.model_copy(
     update={
         "spec": JOB.spec.model_copy(
             update={
-                "correction": Correction(old_logprobs=OldLogprobs.INTERRUPTION, eager=Eager(prefix_tokens=6)),
+                "correction": Correction(
+                    old_logprobs=OldLogprobs.INTERRUPTION, eager=Eager(prefix_tokens=6), barrier_timeout_seconds=3600
+                ),
             }
         )
     }
