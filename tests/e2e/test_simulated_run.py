@@ -73,6 +73,8 @@ def test_the_current_policy_in_place_of_the_old_one_puts_staleness_into_the_disc
     assert sorted(by_staleness) == [0, 1, 2, 3]
     assert by_staleness[0] <= 1e-4
     assert min(by_staleness[staleness] for staleness in (1, 2, 3)) >= 1e-2
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "staleness leaks into the discrepancy mask" in report
 
 
 def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp_path: Path) -> None:
