@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.made_steps import made_trajectory, update_settings
 from bench.measure import Figure, repeated
-from rljob_api.messages import Outcome, TrajectoryHeader
 from rljob_api.spec import Advantage, ComputeType, Model, OldLogprobs, RandomModel, Training
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.step_diagnostics import step_diagnostics
@@ -26,28 +26,12 @@ from rljob_runtime.trainer.distributed import World, distributed_world
 from rljob_runtime.trainer.model import build_policy
 from rljob_runtime.trainer.optimizer import build_optimizer
 from rljob_runtime.trainer.step_tokens import step_tokens, thresholds_of
-from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
-from rljob_runtime.trajectory_codec import Trajectory
+from rljob_runtime.trainer.update import resolve_batch, train_on
 
 TASKS, SAMPLES = 12, 8
 STALENESS = 4
 ROUNDS = 15
-SETTINGS = UpdateSettings(
-    route=OldLogprobs.CURRENT,
-    temperature=1.0,
-    token_budget=8192,
-    mini_batches=1,
-    epochs=1,
-    clip_low=0.2,
-    clip_high=0.2,
-    discrepancy_low=0.5,
-    discrepancy_high=2.0,
-    granularity="token",
-    discrepancy_weight="none",
-    weight_cap=2.0,
-    entropy_coefficient=0.0,
-    gradient_clip=1.0,
-)
+SETTINGS = update_settings(route=OldLogprobs.CURRENT, token_budget=8192)
 
 
 def main() -> None:
@@ -94,23 +78,15 @@ def _batch() -> TrainBatch:
             turn = np.array([-1] * 8 + [0] * (length // 2 - 8) + [-1] * 4 + [1] * (length - length // 2 - 4), np.int32)
             first = STALENESS - int(generator.integers(0, STALENESS + 1))
             version = first + (np.arange(length) > generator.integers(0, length)) * (first < STALENESS)
-            header = TrajectoryHeader(
-                task=task,
-                sample=sample,
-                attempt=1,
-                epoch=1,
-                worker="main-0",
-                incarnation="a",
-                outcome=Outcome.FINISHED,
-                reward=float(generator.random()),
-            )
             group.append(
-                Trajectory(
-                    header,
-                    generator.integers(3, 13, length).astype(np.int32),
-                    turn,
-                    np.where(turn >= 0, version, -1).astype(np.int32),
-                    np.where(turn >= 0, -np.log(10) + 0.01 * generator.standard_normal(length), 0).astype(np.float32),
+                made_trajectory(
+                    task,
+                    sample,
+                    float(generator.random()),
+                    tokens=generator.integers(3, 13, length),
+                    turn=turn,
+                    weight_version=np.where(turn >= 0, version, -1),
+                    behavior_logprobs=np.where(turn >= 0, -np.log(10) + 0.01 * generator.standard_normal(length), 0),
                 )
             )
         groups.append(group)

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.made_steps import made_trajectory, update_settings
 from bench.measure import Figure, repeated
-from rljob_api.messages import Outcome, TrajectoryHeader
-from rljob_api.spec import Advantage, ComputeType, Ewma, Fallback, OldLogprobs, Training
+from rljob_api.spec import Advantage, ComputeType, Ewma, OldLogprobs, Training
 from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.trainer.batch import TrainBatch, build_batch
@@ -35,30 +35,14 @@ from rljob_runtime.trainer.model import Policy, build_policy
 from rljob_runtime.trainer.optimizer import build_optimizer
 from rljob_runtime.trainer.scoring import score
 from rljob_runtime.trainer.step_statistics import step_statistics
-from rljob_runtime.trainer.update import UpdateSettings, resolve_batch, train_on
+from rljob_runtime.trainer.update import resolve_batch, train_on
 from rljob_runtime.trajectory_codec import Trajectory
 
 WORDS, WIDTH, LAYERS = 4096, 256, 6
 GROUPS, SAMPLES, PROMPT, SAMPLED = 4, 4, 16, 80
 ROUNDS = 7
 RATE = 1e-6
-SETTINGS = UpdateSettings(
-    route=OldLogprobs.EWMA,
-    fallback=Fallback.DROP,
-    temperature=1.0,
-    token_budget=2048,
-    mini_batches=1,
-    epochs=1,
-    clip_low=0.2,
-    clip_high=0.2,
-    discrepancy_low=0.5,
-    discrepancy_high=2.0,
-    granularity="token",
-    discrepancy_weight="none",
-    weight_cap=2.0,
-    entropy_coefficient=0.0,
-    gradient_clip=1.0,
-)
+SETTINGS = update_settings(route=OldLogprobs.EWMA, token_budget=2048)
 BASELINE = replace(SETTINGS, route=OldLogprobs.CURRENT)
 
 
@@ -155,17 +139,15 @@ def _batch() -> TrainBatch:
     logprobs = np.where(turn >= 0, -np.log(WORDS), 0).astype(np.float32)
 
     def trajectory(task: int, sample: int) -> Trajectory:
-        header = TrajectoryHeader(
-            task=task,
-            sample=sample,
-            attempt=1,
-            epoch=1,
-            worker="w",
-            incarnation="i",
-            outcome=Outcome.FINISHED,
-            reward=float(random.uniform()),
+        return made_trajectory(
+            task,
+            sample,
+            float(random.uniform()),
+            tokens=random.integers(2, WORDS, len(turn)),
+            turn=turn,
+            weight_version=versions,
+            behavior_logprobs=logprobs,
         )
-        return Trajectory(header, random.integers(2, WORDS, len(turn)).astype(np.int32), turn, versions, logprobs)
 
     groups = [[trajectory(task, sample) for sample in range(SAMPLES)] for task in range(GROUPS)]
     return build_batch(groups, version=2, max_versions=4, advantage=Advantage())

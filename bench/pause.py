@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bench.measure import Figure, bootstrap_ratio
 from rljob_api.messages import PublishedVersion
 from rljob_api.spec import Model, RandomModel
 from rljob_api.weights import Blob, Probe
-from rljob_protocol.worker import ProbePassed
+from rljob_protocol.worker_events import ProbePassed
 from rljob_runtime.model_source import materialise
 from rljob_runtime.rollout.engine import GenerationRequest
 from rljob_runtime.rollout.gate import Gate
@@ -46,7 +47,7 @@ def main() -> None:
     """Measure and print."""
     ours, floor = asyncio.run(_measure())
     for name, share in (("pause_p50", 0.5), ("pause_p95", 0.95)):
-        value, low, high = bootstrap_ratio(ours, floor, lambda seconds, share=share: float(np.quantile(seconds, share)))
+        value, low, high = bootstrap_ratio(ours, floor, partial(_quantile, share=share))
         detail = (
             f"{np.quantile(ours, share) * 1e3:.1f} ms over {np.quantile(floor, share) * 1e3:.1f} ms, "
             f"{ROUNDS} interruptions of {IN_FLIGHT} requests each way"
@@ -111,6 +112,10 @@ async def _through(gate: Gate, request: GenerationRequest) -> None:
         await gate.generate(request, partial)
 
 
+def _quantile(seconds: np.ndarray, share: float) -> float:
+    return float(np.quantile(seconds, share))
+
+
 async def _floor(engine: VllmEngine, root: Path, encoded: EncodedVersion) -> float:
     """The same with bare calls, nothing checked."""
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -121,7 +126,9 @@ async def _floor(engine: VllmEngine, root: Path, encoded: EncodedVersion) -> flo
     requests: list[asyncio.Task[Any]] = []
 
     async def bare(i: int) -> None:
-        requests.append(asyncio.current_task())
+        own = asyncio.current_task()
+        assert own is not None
+        requests.append(own)
         prompt = {"type": "token", "prompt_token_ids": list(_request(i).prompt)}
         sampling = engine._sampling(temperature=1.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
         async for _ in llm.generate(prompt, sampling, f"bare-{i}-{time.monotonic_ns()}"):

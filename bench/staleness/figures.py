@@ -44,8 +44,8 @@ def discrepancy(runs: Sequence[Run], cap: int, path: Path) -> None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for arm in ARMS:
-            found = pooled_buckets(chosen(runs, arm=arm, cap=cap), MIDDLE_PHASE)
-            found = {n: used for n, (used, _) in found.items() if used > 0}  # where mu is the reference, it is 0
+            buckets = pooled_buckets(chosen(runs, arm=arm, cap=cap), MIDDLE_PHASE)
+            found = {n: used for n, (used, _) in buckets.items() if used > 0}  # where mu is the reference, it is 0
             if found:
                 axes.plot(list(found), list(found.values()), "o-", color=ARM_COLORS[arm], markersize=3, label=arm)
         axes.set(

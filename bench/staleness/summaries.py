@@ -113,7 +113,7 @@ def pooled_buckets(runs: Sequence[Run], phase: int) -> dict[int, tuple[float, fl
 
 
 def cpu_minutes(runs: Iterable[Run]) -> float:
-    return sum(run.record["cpu_seconds"] for run in runs) / 60
+    return float(sum(run.record["cpu_seconds"] for run in runs)) / 60
 
 
 def common_settings(runs: Sequence[Run]) -> dict[str, object]:
