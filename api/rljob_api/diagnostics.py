@@ -87,10 +87,6 @@ class Diagnostics(FrozenModel):
     """A < 0 and r_s < 1 - clip.low."""
     clip_and_reject_share: float = 0.0
     """Clipped, and shut out by the discrepancy mask as well."""
-    center_of_mass: float | None = None
-    """Of the averaged weights, in versions; None where no average is the reference."""
-    staleness_gap: float | None = None
-    """Mean staleness less the centre of mass: what the average is behind or ahead, in versions."""
     leak_cells: tuple[LeakCell, ...] = ()
 
 

@@ -14,6 +14,7 @@ from rljob.record import EXACT_SOURCES
 from rljob.report_tables import ReportedRun, escaped, table, table_row
 from rljob.route_plots import mean_seconds, source_shares
 from rljob_api.diagnostics import AuditReport, Diagnostics, Divergence
+from rljob_api.messages import EwmaReport
 from rljob_runtime.correction.audit import pool_audits
 
 NOTHING = "–"
@@ -45,8 +46,8 @@ def correction_table(runs: Sequence[ReportedRun]) -> str:
         ("… χ²", _divergence("importance", lambda d: f"{d.chi2_token:.2e}")),
         ("… effective share of tokens", _divergence("importance", lambda d: f"{d.effective_sample_share:.4f}")),
         ("… largest weight", _divergence("importance", lambda d: f"{d.weight_max:.3g}")),
-        ("EWMA, centre of mass, versions", _last(lambda d: d.center_of_mass)),
-        ("… mean staleness less that", _last(lambda d: d.staleness_gap)),
+        ("EWMA, centre of mass, versions", _average(lambda e: e.center_of_mass)),
+        ("… mean staleness less that", _average(lambda e: e.staleness_gap)),
         ("Audited tokens", _audit(lambda a: f"{a.tokens:,}")),
         ("… leak, RMS, measured / predicted", _audit(_measured_and_predicted)),
         ("… log r_d, RMS, as used / exact", _audit(lambda a: f"{a.approximate_rms:.2e} / {a.exact_rms:.2e}")),
@@ -122,9 +123,9 @@ def _divergence(of: str, value: Callable[[Divergence], str]) -> Callable[[Report
     return cell
 
 
-def _last(value: Callable[[Diagnostics], float | None]) -> Callable[[ReportedRun], str]:
+def _average(value: Callable[[EwmaReport], float]) -> Callable[[ReportedRun], str]:
     def cell(run: ReportedRun) -> str:
-        found = [number for step in _diagnostics(run) if (number := value(step)) is not None]
+        found = [value(step.ewma) for step in run.steps if step.ewma is not None]
         return f"{found[-1]:.2f}, last step" if found else NOTHING
 
     return cell

@@ -62,7 +62,7 @@ class Thresholds:
     granularity: Granularity = "token"
 
 
-def step_diagnostics(tokens: StepTokens, thresholds: Thresholds, *, center_of_mass: float | None = None) -> Diagnostics:
+def step_diagnostics(tokens: StepTokens, thresholds: Thresholds) -> Diagnostics:
     """Diagnostics of one step; zeros and None where there is no token.
 
     A discrepancy is measured on tokens of exact sources alone: against any other reference, log r_d holds staleness as
@@ -71,7 +71,6 @@ def step_diagnostics(tokens: StepTokens, thresholds: Thresholds, *, center_of_ma
     Args:
         tokens: the batch, all ranks' rows.
         thresholds: of the loss.
-        center_of_mass: of the averaged weights, in versions, where they are the reference.
     """
     source_N = np.asarray(tokens.source)
     trainable_N = source_N != Source.NONE
@@ -87,7 +86,7 @@ def step_diagnostics(tokens: StepTokens, thresholds: Thresholds, *, center_of_ma
         "missing_share": int((source_N == Source.MISSING).sum()) / num_trainable if num_trainable else 0.0,
     }
     if num_trained == 0:
-        return Diagnostics(**counted, center_of_mass=center_of_mass)
+        return Diagnostics(**counted)
 
     def ints(values: NDArray[np.integer]) -> Ints:
         return np.asarray(values[trained_N], np.int64)
@@ -120,8 +119,6 @@ def step_diagnostics(tokens: StepTokens, thresholds: Thresholds, *, center_of_ma
         clip_high_share=float(high_M.mean()),
         clip_low_share=float(low_M.mean()),
         clip_and_reject_share=float(((high_M | low_M) & ~kept_M).mean()),
-        center_of_mass=center_of_mass,
-        staleness_gap=None if center_of_mass is None else float(staleness_M.mean()) - center_of_mass,
         leak_cells=leak_cells(log_discrepancy_M, version_M, staleness_M, _position(tokens.trajectory)[trained_N]),
     )
 

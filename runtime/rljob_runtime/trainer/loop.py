@@ -180,11 +180,7 @@ class Trainer:
                 update=update,
                 ewma=None if self._average is None else self._average.report(),
                 audit=self._auditor.report(batch, update, exact, average),
-                diagnostics=step_diagnostics(
-                    step_tokens(batch, update.records),
-                    thresholds_of(self._settings),
-                    center_of_mass=sum(age * share for age, share in enumerate(average)) if average else None,
-                ),
+                diagnostics=step_diagnostics(step_tokens(batch, update.records), thresholds_of(self._settings)),
                 rate=rate,
                 seconds=seconds,
             )

@@ -16,7 +16,7 @@ from rljob.report import PLOTS, write_report
 from rljob.run_directory import RunDirectory
 from rljob_api.diagnostics import AuditBucket, AuditReport
 from rljob_api.errors import BadInput, RljobError
-from rljob_api.messages import Outcome, SourceStats, TrajectoryHeader
+from rljob_api.messages import EwmaReport, Outcome, SourceStats, TrajectoryHeader
 from rljob_runtime.correction.step_diagnostics import step_diagnostics
 
 RISES = "rises with staleness: staleness leaks into the discrepancy mask"
@@ -239,10 +239,25 @@ def test_sources_cost_and_audits_of_compared_runs_stand_side_by_side(tmp_path: P
         version_weights=(1 / 3, 1 / 3, 1 / 3),
     )
     exact = [report(s, reward=s / 40, sources={"resident": stats(30), "snapshot": stats(70)}) for s in range(1, 41)]
-    missing = leaking(1).model_copy(update={"missing_share": 0.5, "center_of_mass": 1.25, "staleness_gap": -0.25})
+    missing = leaking(1).model_copy(update={"missing_share": 0.5})
+    average = EwmaReport(
+        decay=0.6,
+        weight=2.5,
+        center_of_mass=1.25,
+        relative_distance=0.01,
+        resets=0,
+        steps_since_reset=30,
+        low_streak=0,
+        staleness_gap=-0.25,
+    )
     ewma = [
         report(
-            s, sources={"resident": stats(30), "ewma": stats(70)}, diagnostics=missing, audit=audit, seconds_scoring=0.2
+            s,
+            sources={"resident": stats(30), "ewma": stats(70)},
+            diagnostics=missing,
+            audit=audit,
+            ewma=average,
+            seconds_scoring=0.2,
         )
         for s in range(1, 31)
     ]
