@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -17,5 +18,7 @@ class PublishedParameters(Protocol):
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
     """This rank's part of a parameter, sharing its memory."""
-    detached = parameter.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+    if isinstance(parameter, DTensor):
+        with torch.no_grad():  # then it is the very shard; to detach a sharded parameter takes many times as long
+            return parameter.to_local().detach()
+    return parameter.detach()

@@ -219,7 +219,8 @@ class SnapshotStore:
                 to.switch(masters, _bits(self._chain, version, name), self._compute_dtype)
                 continue
             for delta in way_back:
-                to.write(masters, delta.indices(), delta.values, self._compute_dtype)
+                if delta.changed:
+                    to.write(masters, delta.indices(), delta.values, self._compute_dtype)
 
     def _way_back(self, version: int, resident: int | None, name: str) -> list[ReverseDelta] | None:
         """Deltas that lead from the resident version to an older one; None where elements must be compared."""

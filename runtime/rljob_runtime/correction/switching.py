@@ -47,10 +47,8 @@ class Overwritten:
 
     def write(self, masters: Tensor, indices: NDArray[np.int64], bits: Bits, dtype: torch.dtype) -> None:
         """Overwrite the masters at these indices [n] with these bits [n]."""
-        if indices.size:
-            on_host = torch.from_numpy(indices)
-            values = tensor_of(bits, dtype).to(masters.device)
-            self._put(masters, on_host.to(masters.device), on_host, values)
+        on_host = torch.from_numpy(indices)
+        self._put(masters, on_host.to(masters.device), on_host, tensor_of(bits, dtype).to(masters.device))
 
     def restore(self) -> None:
         """Put all masters back, the last overwritten first."""
@@ -74,5 +72,6 @@ def bits_of(tensor: Tensor) -> Bits:
 
 
 def tensor_of(bits: Bits, dtype: torch.dtype) -> Tensor:
-    """The numbers that bit patterns stand for; a copy, as a mapped file must not be written to."""
-    return torch.from_numpy(np.array(bits).view(f"i{bits.itemsize}")).view(dtype)
+    """The numbers that bit patterns stand for, to be read only; a copy where the patterns lie in a mapped file."""
+    readable = bits if bits.flags.writeable else np.array(bits)
+    return torch.from_numpy(readable.view(f"i{bits.itemsize}")).view(dtype)
