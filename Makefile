@@ -28,8 +28,8 @@ demo: setup  ## run examples/quickstart.yaml: real vLLM and torch, 2 rollout wor
 	@echo "demo: training a small model to copy digits, asynchronously, on this machine (about 6 minutes on 2 cores)"
 	@$(BIN)/rljob run examples/quickstart.yaml
 
-test: setup lint type verify  ## lint, types, import contracts and all tests with real parts (about 10 minutes on 2 quiet cores)
-	@echo "test: unit, protocol, numerics, integration with real nats-server, vLLM and torch (about 8 minutes on 2 cores)"
+test: setup lint type verify  ## lint, types, import contracts and all tests with real parts (about 20 minutes on 2 quiet cores)
+	@echo "test: unit, protocol, numerics, integration with real nats-server, vLLM and torch (about 18 minutes on 2 cores)"
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: setup  ## ruff and import contracts (seconds)
