@@ -447,13 +447,13 @@ class Link:
 
     async def _live(self, prefix: str, kind: type[M], deadline_seconds: float) -> tuple[M, ...]:
         async def attempt() -> tuple[M, ...]:
-            bucket = await self._bucket(self.names.liveness_bucket)
-            try:
-                keys = await bucket.keys()
-            except nats.js.errors.NoKeysError:
-                return ()
+            # One look of the server's. The client's own list of keys is sent to a consumer, and misses a key that is
+            # replaced meanwhile: a live worker that was not listed once was not waited for at a barrier.
+            bucket = self.names.liveness_bucket
+            start = f"$KV.{bucket}."
+            info = await self.jetstream.stream_info(f"KV_{bucket}", subjects_filter=f"{start}{prefix}>")
             found = []
-            for key in sorted(key for key in keys if key.startswith(prefix)):
+            for key in sorted(subject.removeprefix(start) for subject in info.state.subjects or {}):
                 try:
                     held = await self._read(self.names.liveness_bucket, key, kind)
                 except MalformedMessage as error:

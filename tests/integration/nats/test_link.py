@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from tests.integration.nats.cable import Cable
 from rljob_api.errors import DeadlineExceeded, Fenced, MalformedMessage, MessagingUnavailable, StorageFull
 from rljob_api.messages import CoordinatorHeartbeat, EpochClaim, Task, TermClaim, WorkerPhase, WorkerState
 from rljob_api.names import KEY_COORDINATOR, KEY_EPOCH, KEY_TERM, worker_key
+from rljob_protocol import deadlines
 from rljob_protocol.link import Link, Versioned
 from rljob_protocol.server import NatsServer, find_binary, free_port
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
@@ -164,6 +166,27 @@ async def test_a_malformed_worker_state_hides_no_other_worker(link: Link, caplog
     with caplog.at_level(logging.WARNING, "rljob.link"):
         assert [worker.worker for worker in await link.live_workers()] == ["main-0", "main-2"]
     assert [record.message for record in caplog.records] == ["worker state refused"]
+
+
+async def test_a_worker_that_writes_its_state_while_the_list_is_read_is_on_it(link: Link, connect: Connect) -> None:
+    """Keys are listed by the server in one look: a consumer that is sent the keys misses one that is replaced meanwhile."""
+    workers = ["main-0", "main-1", "main-2"]
+
+    async def write(writer: Link, worker: str) -> None:
+        for revision in itertools.count():
+            state = WorkerState(
+                worker=worker, pool="main", incarnation="a", phase=WorkerPhase.SERVING, revision=revision
+            )
+            await writer.beat(worker_key(worker), state)
+
+    writing = [asyncio.create_task(write(await connect(), worker)) for worker in workers]
+    try:
+        while len(await link.live_workers()) < len(workers):
+            await asyncio.sleep(0.01)
+        for _ in range(400):
+            assert [state.worker for state in await link.live_workers()] == workers
+    finally:
+        await deadlines.end(*writing)
 
 
 def _crash(server: NatsServer) -> None:
