@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,6 +15,20 @@ class PublishedParameters(Protocol):
     """What a snapshot is taken of: sharded fp32 masters under their published names, tied ones once."""
 
     def published_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """A policy's parameters, found once: to go through all modules again takes milliseconds."""
+
+    named: tuple[tuple[str, nn.Parameter], ...]
+
+    @classmethod
+    def of(cls, policy: PublishedParameters) -> LookedUp:
+        return cls(tuple(policy.published_parameters()))
+
+    def published_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.named
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rljob_runtime.correction.published import PublishedParameters, local_shard
 
-SAMPLES = 256
+SAMPLES = 32
 """Elements of each tensor that are looked at, at least: an optimizer step or an average of weights moves them all."""
 
 

@@ -8,7 +8,7 @@ that ends at the newest. A version that is saved, loaded or dropped changes the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rljob_api.errors import BlobCorrupt, StorageError, StorageFull
-from rljob_runtime.correction.published import PublishedParameters, local_shard
+from rljob_runtime.correction.published import LookedUp, PublishedParameters, local_shard
 from rljob_runtime.correction.residency import Residency
 from rljob_runtime.correction.reverse_delta import Bits, Layout, ReverseDelta, compose, difference, whole
 from rljob_runtime.correction.spill import SpillFolder
@@ -116,6 +116,7 @@ class SnapshotStore:
             StorageFull: they do not fit the bound, or the disk; all is as it was.
             StorageError: the disk cannot be written.
         """
+        policy = LookedUp.of(policy)
         self._insert(
             version,
             {
@@ -194,17 +195,35 @@ class SnapshotStore:
         Raises:
             KeyError: the version is not held here.
         """
-        if version not in self._chain:
-            raise KeyError(f"version {version} is not among the snapshots {self.versions}")
-        resident, inside = self._residency.content(policy), None
-        self._residency.forget()
-        overwritten = Overwritten()
-        try:
-            self._switch(version, resident, policy, overwritten)
-            inside = self._residency.stamp(policy)
+        with self.visiting(policy) as visit:
+            visit(version)
             yield
+
+    @contextmanager
+    def visiting(self, policy: PublishedParameters) -> Iterator[Callable[[int], None]]:
+        """As `held`, for several versions: each call of what it gives makes the policy hold that version.
+
+        Newest first is cheap: from one version to an older one only what differs between the two is written.
+        """
+        policy = LookedUp.of(policy)
+        resident = self._residency.content(policy)
+        self._residency.forget()
+        place, inside, is_undisturbed = resident, self._residency.stamp(policy), True
+        overwritten = Overwritten()
+
+        def visit(version: int) -> None:
+            nonlocal place, inside, is_undisturbed
+            if version not in self._chain:
+                raise KeyError(f"version {version} is not among the snapshots {self.versions}")
+            is_undisturbed = is_undisturbed and inside == self._residency.stamp(policy)
+            start, place = place if is_undisturbed else None, None  # in between it is neither
+            self._switch(version, start, policy, overwritten)
+            place, inside = self._chain[version].content, self._residency.stamp(policy)
+
+        try:
+            yield visit
         finally:
-            is_undisturbed = inside == self._residency.stamp(policy)
+            is_undisturbed = is_undisturbed and inside == self._residency.stamp(policy)
             overwritten.restore()
             self._residency.forget()
             if resident is not None and is_undisturbed:

@@ -147,7 +147,7 @@ def resolve(
 ) -> dict[int, OldRow]:
     """Old log-probabilities of this rank's rows, by row index. Collective.
 
-    Each stored version that any rank's tokens name is switched to once, in ascending order, whether or not this rank
+    Each stored version that any rank's tokens name is switched to once, the newest first, whether or not this rank
     has a token of it, and the average after them: scoring is a collective. Only rows with tokens of that version are
     scored, up to the last of them, and only those tokens keep their values. A value that is not finite is MISSING.
 
@@ -170,8 +170,9 @@ def resolve(
         for (index, positions), logprobs in zip(chosen.items(), scored, strict=True):
             resolved[index].logprobs[positions] = logprobs[positions]
 
-    for version in _versions(rows, sources):
-        with store.held(version, policy):
+    with store.visiting(policy) as visit:
+        for version in _newest_first(rows, sources):
+            visit(version)
             fill(
                 {index: (sources[index] == Source.SNAPSHOT) & (rows[index].weight_version == version) for index in own}
             )
@@ -214,6 +215,6 @@ def _leave_out_broken(row: OldRow) -> None:
     row.logprobs[broken] = 0.0
 
 
-def _versions(rows: Sequence[SampledRow], sources: Sequence[NDArray[np.int8]]) -> list[int]:
+def _newest_first(rows: Sequence[SampledRow], sources: Sequence[NDArray[np.int8]]) -> list[int]:
     named = [row.weight_version[source == Source.SNAPSHOT] for row, source in zip(rows, sources, strict=True)]
-    return [int(version) for version in np.unique(np.concatenate(named))] if named else []
+    return [int(version) for version in np.unique(np.concatenate(named))[::-1]] if named else []

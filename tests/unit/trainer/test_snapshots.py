@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,6 +78,21 @@ def check_version(store: SnapshotStore, policy: Weights, version: int, expected:
         assert same_bits(parameter.detach(), before[name]), (version, name)
 
 
+def check_visits(
+    store: SnapshotStore, policy: Weights, versions: Iterable[int], model: dict[int, dict[str, Tensor]]
+) -> None:
+    """The same of several versions one after the other, without a return in between."""
+    before = {name: parameter.detach().clone() for name, parameter in policy.published_parameters()}
+    with store.visiting(policy) as visit:
+        for version in versions:
+            visit(version)
+            for name, parameter in policy.published_parameters():
+                inside = parameter.detach().to(model[version][name].dtype)
+                assert same_bits(inside, model[version][name]), (version, name)
+    for name, parameter in policy.published_parameters():
+        assert same_bits(parameter.detach(), before[name]), name
+
+
 def run_at_random(store: SnapshotStore, dtype: torch.dtype, seed: int, folder: Path, *, operations: int = 12) -> None:
     """Random operations on the store and on a dictionary of full copies; two versions are compared after each, all at the end."""
     random = np.random.default_rng(seed)
@@ -125,6 +140,8 @@ def run_at_random(store: SnapshotStore, dtype: torch.dtype, seed: int, folder: P
             check_version(store, policy, int(version), model[int(version)])
     for version, expected in model.items():
         check_version(store, policy, version, expected)
+    check_visits(store, policy, sorted(model, reverse=True), model)
+    check_visits(store, policy, random.permutation(sorted(model)).tolist(), model)
 
 
 @settings(deadline=None, max_examples=20)
@@ -258,6 +275,45 @@ def test_a_switch_writes_only_elements_that_differ_in_the_compute_type() -> None
     with store.held(0, policy):
         written = (policy.parts["many"].detach() != masters).float().mean()
     assert 0.001 < written < 0.02
+
+
+def test_from_one_visited_version_to_an_older_one_only_their_difference_is_written() -> None:
+    store, policy = SnapshotStore(torch.bfloat16), Weights()  # unwatched: what is resident is not known
+    model = chain(store, policy, range(4))
+    check_visits(store, policy, [3, 2, 1, 0], model)
+    with store.visiting(policy) as visit:
+        visit(3)
+        for version in (2, 1, 0):
+            # An element in which the two agree, and which would not be found right if all were compared.
+            unchanged = (model[version]["many"] == model[version + 1]["many"]).view(-1).nonzero()[0]
+            with torch.no_grad():
+                policy.parts["many"].view(-1).data[unchanged] = 123.0  # past the counters of writes
+            visit(version)
+            assert policy.parts["many"].view(-1)[unchanged] == 123.0
+
+
+def test_a_write_between_two_visits_is_noticed_and_the_version_is_right_all_the_same() -> None:
+    store, policy = SnapshotStore(torch.bfloat16), Weights()
+    store.watch(torch.optim.SGD(policy.parameters(), lr=0.1))
+    model = chain(store, policy, range(3))
+    with store.visiting(policy) as visit:
+        visit(2)
+        with torch.no_grad():
+            policy.parts["many"] += 1
+        visit(1)
+        for name, parameter in policy.published_parameters():
+            assert same_bits(parameter.detach().to(torch.bfloat16), model[1][name])
+
+
+def test_a_version_that_is_not_held_ends_no_visit() -> None:
+    store, policy = SnapshotStore(torch.bfloat16), Weights()
+    model = chain(store, policy, range(3))
+    with store.visiting(policy) as visit:
+        visit(2)
+        with pytest.raises(KeyError, match=r"version 7 is not among the snapshots \(0, 1, 2\)"):
+            visit(7)
+        visit(1)
+        assert same_bits(policy.parts["many"].detach().to(torch.bfloat16), model[1]["many"])
 
 
 # ------------------------------------------------------------------------------------------------ eviction
