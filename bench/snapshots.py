@@ -4,8 +4,9 @@ Versions are one AdamW update apart, at learning rate 1e-6 and without warm-up, 
 The weights come from a bf16 file, so before the first update each master is moved to a random place between the
 numbers that round to its bf16 value, where training has masters: on the bf16 grid itself hardly any would round anew.
 
-A switch goes to the version four updates back and returns, by the deltas, between an update and the next. A reload reads
-that version's published file, copies all masters away, the file's weights in, and the masters back; both in turn.
+A switch goes to the version one update back and returns, by the deltas, between an update and the next. A reload copies
+all masters away, reads a version's published file, copies its weights in, and the masters back. The visits go to the
+versions one, two, three and four updates back and then return; the reloads beside them read four files. All in turn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,25 +64,42 @@ def main() -> None:
 def _print_switch(store: SnapshotStore, policy: Policy, published: Path) -> None:
     compared = SnapshotStore(torch.bfloat16)  # without an optimizer to watch: each element is compared
     compared.load_full(0, policy, published)
-    switches, comparisons, reloads = [], [], []
+    older = tuple(reversed(range(VERSIONS - 1)))
+
+    def switch(version: int, of: SnapshotStore = store) -> None:
+        with of.held(version, policy):
+            pass
+
+    def visits() -> None:
+        with store.visiting(policy) as visit:
+            for version in older:
+                visit(version)
+
+    ways: dict[str, Callable[[], None]] = {
+        "one": lambda: switch(older[0]),
+        "four": lambda: switch(older[-1]),
+        "compared": lambda: switch(0, compared),
+        "visits": visits,
+        "reload": lambda: _reload(policy, published, 1),
+        "reloads": lambda: _reload(policy, published, len(older)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        started = time.perf_counter()
-        with store.held(0, policy):
-            pass
-        switched = time.perf_counter()
-        with compared.held(0, policy):
-            pass
-        searched = time.perf_counter()
-        _reload(policy, published)
-        switches.append(switched - started)
-        comparisons.append(searched - switched)
-        reloads.append(time.perf_counter() - searched)
-    value, low, high = bootstrap_ratio(switches, reloads, _median)
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    middle = {name: f"{_median(of_way) * 1e3:.0f}" for name, of_way in seconds.items()}
+    spread = f"{ROUNDS} rounds, 90 % bootstrap interval"
+    value, low, high = bootstrap_ratio(seconds["one"], seconds["reload"], _median)
     detail = (
-        f"{_median(switches) * 1e3:.0f} over {_median(reloads) * 1e3:.0f} ms; {_median(comparisons) * 1e3:.0f} ms where "
-        "all elements are compared because the weights may not be what was saved last"
+        f"{middle['one']} over {middle['reload']} ms; {middle['four']} ms to the version four updates back; {middle['compared']} "
+        "ms where all elements are compared because the weights may not be what was saved last"
     )
-    Figure("snapshot_switch", value, low, high, f"{ROUNDS} rounds, 90 % bootstrap interval", detail).print()
+    Figure("snapshot_switch", value, low, high, spread, detail).print()
+    value, low, high = bootstrap_ratio(seconds["visits"], seconds["reloads"], _median)
+    detail = f"{middle['visits']} over {middle['reloads']} ms for {len(older)} versions"
+    Figure("snapshot_visits", value, low, high, spread, detail).print()
 
 
 def _leave_the_grid(policy: Policy) -> None:
@@ -98,12 +117,13 @@ def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     apply_gradients(policy, optimizer, rate=RATE, clip=1.0)
 
 
-def _reload(policy: Policy, published: Path) -> None:
-    weights = load_file(published)
+def _reload(policy: Policy, published: Path, times: int) -> None:
     local = {name: local_shard(parameter) for name, parameter in policy.published_parameters()}
     masters = {name: tensor.clone() for name, tensor in local.items()}
-    for name, tensor in local.items():
-        tensor.copy_(weights[name])
+    for _ in range(times):
+        weights = load_file(published)
+        for name, tensor in local.items():
+            tensor.copy_(weights[name])
     for name, tensor in local.items():
         tensor.copy_(masters[name])
 

@@ -7,7 +7,7 @@ Shapes: T tokens of one row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Scorer:
         self._store = SnapshotStore(compute_dtype(self._compute_type))
         self._world = ExitStack()
         self._holding = ExitStack()
+        self._visit: Callable[[int], None] | None = None
         self._held: int | None = None
         self._policy: Policy | None = None
 
@@ -88,15 +89,19 @@ class Scorer:
     def score(self, version: int, rows: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Log-probability of each token of the rows [T] under a held version, at the sampling temperature; 0 for the first.
 
-        The policy goes on holding the version: the next call with the same one switches nothing.
+        The policy goes on holding the version: the next call with the same one switches nothing, and one with an older
+        version writes only what differs.
 
         Raises:
             KeyError: the version is not held.
         """
         policy = self._opened()
-        if self._held != version:
+        if self._visit is None or self._held is None or version > self._held:
             self._release()
-            self._holding.enter_context(self._store.held(version, policy))
+            self._visit = self._holding.enter_context(self._store.visiting(policy))
+        if self._held != version:
+            self._held = None
+            self._visit(version)
             self._held = version
         return score(policy, rows, temperature=self._temperature, token_budget=self._token_budget)
 
@@ -107,7 +112,7 @@ class Scorer:
         self._world.close()
 
     def _release(self) -> None:
-        self._held = None
+        self._visit, self._held = None, None
         self._holding.close()
 
     def _opened(self) -> Policy:

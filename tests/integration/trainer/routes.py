@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from tests.integration.trainer.toy import TRAINING, local_state, make_batch, mak
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
-from rljob_api.messages import Outcome, SegmentHeader, TrajectoryHeader
+from rljob_api.messages import Outcome, ScoreHeader, SegmentHeader, TrajectoryHeader
 from rljob_api.spec import ComputeType, OldLogprobs
 from rljob_runtime.correction.score_pool import ScorePool, Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore
+from rljob_runtime.score_codec import Scores, decode_scores, encode_scores
 from rljob_runtime.segment_codec import OpenSegment
 from rljob_runtime.trainer.batch import TrainBatch, TrainRow, broadcast_batch
 from rljob_runtime.trainer.distributed import World, distributed_world
@@ -36,7 +37,9 @@ from rljob_runtime.trajectory_codec import Trajectory
 STEPS = 4
 BOUND = 2
 RATE = 0.2
-Route = Literal["snapshot", "pool", "barrier", "current"]
+Route = Literal["snapshot", "pool", "barrier", "dedicated", "current"]
+AHEAD: tuple[Route, ...] = ("pool", "barrier", "dedicated")
+"""Routes whose values come with the batch."""
 
 
 def recorded_stream() -> list[TrainBatch]:
@@ -51,15 +54,28 @@ def recorded_stream() -> list[TrainBatch]:
     return batches
 
 
-def double_policy(directory: Path, world: World) -> Policy:
-    """As `build_policy`, in float64 throughout: routes then differ by rounding of 1e-16 only."""
+def lone_policy(directory: Path, world: World) -> Policy:
+    """In float64 throughout: routes then differ by rounding of 1e-16 only."""
     causal_lm = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    policy = Policy(causal_lm.to(world.device), ComputeType.FLOAT32).eval()
+    return Policy(causal_lm.to(world.device), ComputeType.FLOAT32).eval()
+
+
+def double_policy(directory: Path, world: World) -> Policy:
+    """The same, sharded as `build_policy` does."""
+    policy = lone_policy(directory, world)
+    causal_lm = policy.causal_lm
     precision = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float64)
     for layer in causal_lm.get_decoder().layers:
         fully_shard(layer, mesh=world.mesh, mp_policy=precision)
     fully_shard(policy, mesh=world.mesh, mp_policy=precision, reshard_after_forward=True)
     return policy
+
+
+def forward(policy: Policy, row: TrainRow, temperature: float) -> np.ndarray:
+    """Log-probabilities [T] of one row, with no others beside it."""
+    tokens_BT = torch.from_numpy(row.tokens.astype(np.int64))[None].to(policy.device)
+    with torch.no_grad():
+        return policy(tokens_BT, temperature=temperature, with_entropy=False).logprobs_BT[0].double().cpu().numpy()
 
 
 def _arrays(row: TrainRow, end: int) -> tuple[Any, ...]:
@@ -84,15 +100,50 @@ def trajectory(row: TrainRow) -> Trajectory:
     return Trajectory(header, *_arrays(row, row.num_tokens))
 
 
+class OldPolicyWorker:
+    """A policy of its own, on rank 0 only: takes versions from their published files, scores trajectories in any order."""
+
+    def __init__(self, folder: Path, world: World, chosen: UpdateSettings) -> None:
+        self._policy = lone_policy(folder / "flat", world)
+        self._settings = chosen
+        self._store = SnapshotStore(torch.float64)
+        self._published = folder / f"world-{world.size}" / "published.safetensors"
+        self._random = np.random.default_rng(7)
+
+    def load(self, version: int, weights: dict[str, torch.Tensor]) -> None:
+        save_file(weights, self._published)
+        self._store.load_full(version, self._policy, self._published)
+
+    def score(self, rows: list[TrainRow]) -> list[Scores]:
+        """One message for each trajectory and version that is here, the messages and the versions in random order."""
+        messages = []
+        for version in self._random.permutation(self._store.versions).tolist():
+            for row in (rows[index] for index in self._random.permutation(len(rows))):
+                mine = np.flatnonzero(row.weight_version == version).astype(np.int32)
+                if mine.size:
+                    with self._store.held(version, self._policy):
+                        values = forward(self._policy, row, self._settings.temperature)
+                    header = ScoreHeader(task=row.task, sample=row.sample, sequence=1, worker="old")
+                    messages.append(
+                        Scores(header, mine, np.full(mine.shape, version, np.int32), values[mine].astype(np.float32))
+                    )
+        return [decode_scores(encode_scores(messages[index])) for index in self._random.permutation(len(messages))]
+
+
 class Run:
     """The trainer's steps on the stream, by one route."""
 
-    def __init__(self, route: Route, policy: Policy, world: World, chosen: UpdateSettings) -> None:
+    def __init__(self, route: Route, policy: Policy, world: World, chosen: UpdateSettings, folder: Path) -> None:
         self.route = route
         self.policy = policy
         self.world = world
-        named = {"barrier": OldLogprobs.INTERRUPTION, "current": OldLogprobs.CURRENT}.get(route, OldLogprobs.SNAPSHOT)
+        named = {
+            "barrier": OldLogprobs.INTERRUPTION,
+            "dedicated": OldLogprobs.DEDICATED,
+            "current": OldLogprobs.CURRENT,
+        }.get(route, OldLogprobs.SNAPSHOT)
         self.settings = dataclasses.replace(chosen, route=named)
+        self.old_policy = OldPolicyWorker(folder, world, chosen) if route == "dedicated" and world.is_main else None
         self.optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         self.snapshots = SnapshotStore(next(policy.parameters()).dtype)
         self.pool = ScorePool(1 << 20)
@@ -112,6 +163,10 @@ class Run:
             if self.route == "snapshot":
                 self.snapshots.save(version, self.policy)
                 self.snapshots.drop(version - BOUND - 1)
+            if self.route == "dedicated":
+                weights = self._published()
+                if self.old_policy is not None:
+                    self.old_policy.load(version, weights)
             self._arrive(version)
             if self.route == "pool":
                 while self._score(self.pool.wanted(version, 60)):
@@ -142,21 +197,22 @@ class Run:
         for row in (row for batch in self.stream[version:] for row in batch.rows):
             mine = row.weight_version == version
             if mine.any():
-                with torch.no_grad():
-                    scores = self.policy(
-                        torch.from_numpy(row.tokens.astype(np.int64))[None].to(self.world.device),
-                        temperature=self.settings.temperature,
-                        with_entropy=False,
-                    )
                 held = self.recorded.setdefault((row.task, row.sample), np.zeros(row.num_tokens))
-                held[mine] = scores.logprobs_BT[0].double().cpu().numpy()[mine]
+                held[mine] = forward(self.policy, row, self.settings.temperature)[mine]
 
     def _step(self, version: int) -> None:
         batch = self.stream[version]
-        if self.route in ("pool", "barrier"):
+        if self.route in AHEAD:
+            # Trajectories are finished when they reach an old-policy worker; half of its answers overtake them.
+            scores = self.old_policy.score(list(batch.rows)) if self.old_policy is not None else []
+            for message in scores[: len(scores) // 2]:
+                self.pool.accept(message)
             rows = []
             for row in batch.rows:
                 self.pool.complete(trajectory(row), 1)
+            for message in scores[len(scores) // 2 :]:
+                self.pool.accept(message)
+            for row in batch.rows:
                 known = self.pool.known(trajectory(row))
                 rows.append(dataclasses.replace(row, known_logprobs=known.logprobs, known_source=known.source))
             batch = dataclasses.replace(batch, rows=tuple(rows))
@@ -183,9 +239,12 @@ class Run:
             self.sources[name] = self.sources.get(name, 0) + stats.tokens
         for row, record in zip(batch.rows, report.records, strict=True):
             self.old[row.task, row.sample] = np.where(row.trainable, record.old_logprobs, 0)
-        self.weights.append(
-            {name: parameter.detach().full_tensor().clone() for name, parameter in self.policy.published_parameters()}
-        )
+        self.weights.append(self._published())
+
+    def _published(self) -> dict[str, torch.Tensor]:
+        return {
+            name: parameter.detach().full_tensor().clone() for name, parameter in self.policy.published_parameters()
+        }
 
 
 def largest_difference(one: dict[Any, Any], other: dict[Any, Any]) -> float:
@@ -198,8 +257,8 @@ def check_routes(folder: Path, world: World) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, chosen in {"one update": settings(), "two updates": settings(mini_batches=2)}.items():
         runs = {
-            route: Run(route, double_policy(folder / "flat", world), world, chosen).train()
-            for route in ("snapshot", "pool", "barrier", "current")
+            route: Run(route, double_policy(folder / "flat", world), world, chosen, folder).train()
+            for route in get_args(Route)
         }
         snapshot = runs["snapshot"]
         for route, run in runs.items():
@@ -223,7 +282,8 @@ def check_routes(folder: Path, world: World) -> dict[str, float]:
 def check_float32(folder: Path, world: World) -> dict[str, float]:
     """Old values of the routes as a job computes them."""
     runs = [
-        Run(route, make_policy(folder / "flat", world), world, settings()).train() for route in ("snapshot", "pool")
+        Run(route, make_policy(folder / "flat", world), world, settings(), folder).train()
+        for route in ("snapshot", "pool")
     ]
     return {"float32: pool against snapshot": largest_difference(runs[0].old, runs[1].old)}
 

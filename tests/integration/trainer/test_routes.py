@@ -43,14 +43,14 @@ def findings(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_snapshot_pool_and_barrier_give_the_same_parameters_step_by_step(findings: dict[str, Any], case: str) -> None:
+def test_all_exact_routes_give_the_same_parameters_step_by_step(findings: dict[str, Any], case: str) -> None:
     figures = findings["figures"]
-    for route in ("pool", "barrier"):
+    for route, source in (("pool", "pool"), ("barrier", "pool"), ("dedicated", "dedicated")):
         differences = [figures[f"{case}: {route}: parameters {step}"] for step in range(STEPS)]
         assert max(differences) <= 1e-9
         assert figures[f"{case}: {route}: missing"] == 0
         # What the snapshot route reloads, these had before; both have the same tokens at staleness 0.
-        assert figures[f"{case}: {route}: pool tokens"] == figures[f"{case}: snapshot: snapshot tokens"] > 20
+        assert figures[f"{case}: {route}: {source} tokens"] == figures[f"{case}: snapshot: snapshot tokens"] > 20
         assert figures[f"{case}: {route}: resident tokens"] == figures[f"{case}: snapshot: resident tokens"] > 20
     # Negative control: the stream has stale tokens that another reference would train otherwise.
     assert figures[f"{case}: current: parameters {STEPS - 1}"] > 1e-5
@@ -62,7 +62,7 @@ def test_every_route_gives_each_token_the_value_of_its_own_version_at_the_time_i
 ) -> None:
     figures = findings["figures"]
     assert figures[f"{case}: snapshot: against recorded"] <= 1e-12
-    for route in ("pool", "barrier"):
+    for route in ("pool", "barrier", "dedicated"):
         assert figures[f"{case}: {route}: against snapshot"] <= 1e-12
     assert figures[f"{case}: current: against recorded"] > 1e-3
 
