@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and do."""
     parser = argparse.ArgumentParser(prog="python -m bench.staleness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="make the runs that are missing (all sweeps: about 40 CPU minutes)")
+    runs = commands.add_parser("run", help="make the runs that are missing (all sweeps: about 35 CPU minutes)")
     names = (*sweeps.CALIBRATIONS, *sweeps.SWEEPS, *DOCUMENTS)
     runs.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"of {', '.join(names)}; all if none is named")
     runs.add_argument("--share", default="0/1", metavar="I/N", help="only every N-th run, from the I-th")

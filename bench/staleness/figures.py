@@ -10,10 +10,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.staleness.delays import DelayKind
+from bench.staleness.measures import Floats
 from bench.staleness.results import Run
 from bench.staleness.settings import ARMS, Arm
 from bench.staleness.summaries import chosen, curves, last_mean, leak, pooled_buckets, spread
-from bench.staleness.sweeps import DECAYS
+from bench.staleness.sweeps import CAPS, DECAYS
 from rljob.drawing import COLORS, STYLE
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -22,18 +24,37 @@ FRESH_COLOR = "#9ca3af"
 MIDDLE_PHASE = 1
 
 
-def learning(fresh: Sequence[Run], runs: Sequence[Run], delay: str, caps: Sequence[int], path: Path) -> None:
+def learning(fresh: Sequence[Run], runs: Sequence[Run], delay: DelayKind, path: Path) -> None:
     """Reward over steps, a panel a cap."""
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(caps), sharey=True)
-        for axes, cap in zip(panels, caps, strict=True):
-            _band(axes, fresh, FRESH_COLOR, "no staleness", linestyle="--")
+        panels = figure.subplots(1, len(CAPS), sharey=True)
+        for axes, cap in zip(panels, CAPS, strict=True):
+            _band(axes, *curves(fresh), FRESH_COLOR, "no staleness", linestyle="--")
             for arm in ARMS:
-                _band(axes, chosen(runs, arm=arm, cap=cap), ARM_COLORS[arm], arm)
+                if found := chosen(runs, arm=arm, cap=cap):
+                    _band(axes, *curves(found), ARM_COLORS[arm], arm)
             at_most = "" if delay == "fixed" else "at most "
             axes.set(title=f"{delay} delay, {at_most}{cap} versions", xlabel="step")
         panels[0].set(ylabel="reward on fixed prompts", ylim=(0, 1.02))
+        _legend_below(figure, panels[0])
+
+    _save(draw, path, 9.6, 3.4)
+
+
+def behind_exact(runs: Sequence[Run], path: Path) -> None:
+    """Reward less that of `exact` with the same seed, a panel a cap: for gaps smaller than those between seeds."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(CAPS), sharey=True)
+        for axes, cap in zip(panels, CAPS, strict=True):
+            steps, exact = curves(chosen(runs, arm="exact", cap=cap))
+            axes.axhline(0, color=ARM_COLORS["exact"], label="exact")
+            for arm in ARMS[1:]:
+                rewards = curves(chosen(runs, arm=arm, cap=cap))[1]
+                _band(axes, steps, rewards - exact, ARM_COLORS[arm], arm)
+            axes.set(title=f"variable delay, at most {cap} versions", xlabel="step")
+        panels[0].set(ylabel="reward less that of exact")
         _legend_below(figure, panels[0])
 
     _save(draw, path, 9.6, 3.4)
@@ -114,12 +135,10 @@ def proposition(document: Any, path: Path) -> None:
     _save(draw, path, 7.6, 3.6)
 
 
-def _band(axes: Axes, runs: Sequence[Run], color: str, label: str, **style: Any) -> None:
-    if not runs:
-        return
-    steps, rewards = curves(runs)
-    axes.fill_between(steps, rewards.min(axis=0), rewards.max(axis=0), color=color, alpha=0.13, linewidth=0)
-    axes.plot(steps, rewards.mean(axis=0), color=color, label=label, **style)
+def _band(axes: Axes, steps: Floats, values: Floats, color: str, label: str, **style: Any) -> None:
+    """Mean, smallest and largest of values [seeds, steps]."""
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.13, linewidth=0)
+    axes.plot(steps, values.mean(axis=0), color=color, label=label, **style)
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:

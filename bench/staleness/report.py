@@ -12,10 +12,12 @@ from bench.staleness.run_tables import (
     calibration_table,
     decay_table,
     discrepancy_table,
+    drift_table,
     learning_table,
     machine_line,
     reset_table,
     thresholds_table,
+    tracking_table,
 )
 from bench.staleness.summaries import chosen
 
@@ -26,10 +28,11 @@ LARGEST_CAP = sweeps.CAPS[-1]
 def write() -> None:
     """Make everything anew from bench/staleness/results/."""
     PAGE.write_text(filled(PAGE.read_text(), tables()))
-    bound, images, variable = sweeps.calibrated_bound(), figures.IMAGES, load("variable")
+    bound, images, variable, small = sweeps.calibrated_bound(), figures.IMAGES, load("variable"), load("small_drift")
     fresh = chosen(variable, cap=0)
-    figures.learning(fresh, variable, "variable", sweeps.CAPS, images / "staleness-variable.svg")
-    figures.learning(fresh, load("fixed"), "fixed", sweeps.CAPS, images / "staleness-fixed.svg")
+    figures.learning(fresh, variable, "variable", images / "staleness-variable.svg")
+    figures.learning(fresh, load("fixed"), "fixed", images / "staleness-fixed.svg")
+    figures.behind_exact(small, images / "staleness-small-drift.svg")
     figures.discrepancy(variable, LARGEST_CAP, images / "staleness-discrepancy.svg")
     figures.decays(load("decay"), (bound, sweeps.OPEN_BOUND), images / "staleness-decay.svg")
     figures.proposition(load_document("proposition"), images / "staleness-proposition.svg")
@@ -37,16 +40,21 @@ def write() -> None:
 
 def tables() -> dict[str, str]:
     """Each table of the page, by the name in its marker."""
-    bound = sweeps.calibrated_bound()
-    of_sweep = {name: load(name) for name in ("calibration", *sweeps.SWEEPS)}
-    variable, opened = of_sweep["variable"], of_sweep["open_mask"]
-    fresh = chosen(variable, cap=0)
+    bound, small_bound = sweeps.calibrated_bound(), sweeps.calibrated_bound("small_drift")
+    of_sweep = {name: load(name) for name in (*sweeps.CALIBRATIONS, *sweeps.SWEEPS)}
+    variable, opened, small = of_sweep["variable"], of_sweep["open_mask"], of_sweep["small_drift"]
+    fresh, small_fresh = chosen(variable, cap=0), chosen(small, cap=0)
     of_mask = {bound: chosen(variable, cap=sweeps.ABLATION_CAP), sweeps.OPEN_BOUND: opened}
+    drifts = {"as above": variable, "small drift": small}
     return {
         **{f"variable-{cap}": learning_table(chosen(variable, cap=cap), fresh) for cap in sweeps.CAPS},
         **{f"fixed-{cap}": learning_table(chosen(of_sweep["fixed"], cap=cap), fresh) for cap in sweeps.CAPS},
-        "machine": machine_line(run for name, runs in of_sweep.items() if name != "small_drift" for run in runs),
+        **{f"small-{cap}": learning_table(chosen(small, cap=cap), small_fresh) for cap in sweeps.CAPS},
+        "machine": machine_line(run for runs in of_sweep.values() for run in runs),
         "calibration": calibration_table(of_sweep["calibration"], bound),
+        "small-calibration": calibration_table(of_sweep["small_calibration"], small_bound),
+        "drift": drift_table(drifts),
+        "tracking": tracking_table(drifts),
         "open": learning_table(opened, chosen(of_sweep["calibration"], cap=0)),
         "discrepancy": discrepancy_table(chosen(variable, cap=LARGEST_CAP)),
         "decay": decay_table(of_sweep["decay"], bound),

@@ -60,7 +60,7 @@ def drift_table(settings: Mapping[str, Sequence[Run]]) -> str:
     """What the policy moves in a version and what the engine differs by, where old log-probabilities are exact."""
     rows = []
     for name, runs in settings.items():
-        for cap in sweeps.SMALL_DRIFT_CAPS:
+        for cap in sweeps.CAPS:
             found = chosen(runs, arm="exact", cap=cap)
             moved, engine = spread(found, drift), spread(found, engine_discrepancy)
             ratio = spread(found, lambda run: drift(run) / engine_discrepancy(run))
@@ -69,17 +69,17 @@ def drift_table(settings: Mapping[str, Sequence[Run]]) -> str:
 
 
 def tracking_table(settings: Mapping[str, Sequence[Run]]) -> str:
-    """The approximations against `current`, seed by seed: do they follow the token's own version more closely?"""
+    """Averaged weights against the current ones, and with resets against without, seed by seed."""
+    pairs = (("ewma-no-reset", "current"), ("ewma", "current"), ("ewma", "ewma-no-reset"))
     rows = []
-    for name, runs in settings.items():
-        for cap in sweeps.SMALL_DRIFT_CAPS:
-            current = chosen(runs, arm="current", cap=cap)
-            for arm in ("ewma", "ewma-no-reset", "log-linear"):
-                of_arm = chosen(runs, arm=arm, cap=cap)
-                ratio = spread(of_arm, leak).mean / spread(current, leak).mean
-                values = (leak, keep, last_mean)
-                rows.append([name, cap, arm, f"{ratio:.2f}", *(verdict(paired(of_arm, current, v)) for v in values)])
-    head = ("setting", "cap", "old policy", "leak, times that of current", "leak", "kept", "reward, last 3")
+    for name, of_setting in settings.items():
+        for cap in sweeps.CAPS:
+            for arm, other in pairs:
+                runs, others = (chosen(of_setting, arm=wanted, cap=cap) for wanted in (arm, other))
+                ratio = spread(runs, leak).mean / spread(others, leak).mean
+                orders = (verdict(paired(runs, others, value)) for value in (leak, keep, last_mean))
+                rows.append([name, cap, arm, other, f"{ratio:.2f}", *orders])
+    head = ("setting", "cap", "old policy", "against", "leak, ratio", "leak", "kept", "reward, last 3")
     return table(head, rows)
 
 

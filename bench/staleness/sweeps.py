@@ -12,7 +12,6 @@ from bench.staleness.settings import ARMS, Settings
 
 SEEDS = (0, 1, 2)
 CAPS = (2, 4, 8)
-SMALL_DRIFT_CAPS = (4, 8)
 DECAYS = (0.4, 0.5, 0.6, 0.75, 0.9)
 RESET_THRESHOLDS = (0.8,)
 """Besides 0.9 and off, which are arms of the learning sweep."""
@@ -81,10 +80,8 @@ def open_mask(bound: float) -> Iterator[Settings]:
 
 
 def small_drift(bound: float) -> Iterator[Settings]:
-    """Every arm under variable delays where the drift is small, at the caps of SMALL_DRIFT_CAPS."""
-    for settings in variable(bound):
-        if settings.cap in (0, *SMALL_DRIFT_CAPS):
-            yield small(settings)
+    """Every arm under variable delays where the drift is small."""
+    yield from map(small, variable(bound))
 
 
 def decay(bound: float) -> Iterator[Settings]:

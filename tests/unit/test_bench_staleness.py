@@ -319,6 +319,10 @@ def test_a_result_is_the_mean_of_the_last_evaluations_and_not_the_best() -> None
     assert summaries.last_mean(Run(SMALL, {"reward": [0.0, 0.9, 0.3, 0.2, 0.4]})) == pytest.approx(0.3)
 
 
+def test_early_is_the_first_half_of_the_evaluations() -> None:
+    assert summaries.early_mean(Run(SMALL, {"reward": [0.1, 0.3, 0.8, 0.9]})) == pytest.approx(0.2)
+
+
 def test_tables_replace_what_stands_between_their_markers() -> None:
     page = "before\n<!-- staleness:one -->\nold\n<!-- end -->\nafter\n"
     assert markdown.filled(page, {"one": "new"}) == "before\n<!-- staleness:one -->\nnew\n<!-- end -->\nafter\n"
