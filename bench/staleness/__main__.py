@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and do."""
     parser = argparse.ArgumentParser(prog="python -m bench.staleness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="make the runs that are missing (all sweeps: about 40 CPU minutes)")
-    names = ("calibration", *sweeps.SWEEPS, *DOCUMENTS)
+    runs = commands.add_parser("run", help="make the runs that are missing (all sweeps: about 35 CPU minutes)")
+    names = (*sweeps.CALIBRATIONS, *sweeps.SWEEPS, *DOCUMENTS)
     runs.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"of {', '.join(names)}; all if none is named")
     runs.add_argument("--share", default="0/1", metavar="I/N", help="only every N-th run, from the I-th")
     commands.add_parser("plot", help="write docs/images/ and the tables of docs/results.md from the results")
@@ -56,7 +56,10 @@ def _make(name: str, index: int, count: int) -> None:
         if load_document(name) is None and index == 0:
             save_document(name, {"runs": [proposition.compare(settings) for settings in _of_proposition()]})
         return
-    wanted = sweeps.calibration() if name == "calibration" else sweeps.SWEEPS[name](sweeps.calibrated_bound())
+    if name in sweeps.CALIBRATIONS:
+        wanted = sweeps.CALIBRATIONS[name]()
+    else:
+        wanted = sweeps.SWEEPS[name](sweeps.calibrated_bound(name))
     for settings in missing(itertools.islice(wanted, index, None, count), name):
         record = run(settings) | {"machine": machine(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
         append(name, settings, record)
@@ -75,7 +78,9 @@ def _of_proposition() -> list[Settings]:
             delay="variable",
             seed=seed,
             discrepancy_bound=sweeps.calibrated_bound(),
+            trainer=trainer,
         )
+        for trainer in ("float32", "float64")
         for seed in sweeps.SEEDS
     ]
 

@@ -10,6 +10,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.staleness.delays import DelayKind
+from bench.staleness.measures import Floats
 from bench.staleness.results import Run
 from bench.staleness.settings import ARMS, Arm
 from bench.staleness.summaries import chosen, curves, last_mean, leak, pooled_buckets, spread
@@ -22,17 +24,37 @@ FRESH_COLOR = "#9ca3af"
 MIDDLE_PHASE = 1
 
 
-def learning(fresh: Sequence[Run], runs: Sequence[Run], delay: str, path: Path) -> None:
+def learning(fresh: Sequence[Run], runs: Sequence[Run], delay: DelayKind, path: Path) -> None:
     """Reward over steps, a panel a cap."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(CAPS), sharey=True)
         for axes, cap in zip(panels, CAPS, strict=True):
-            _band(axes, fresh, FRESH_COLOR, "no staleness", linestyle="--")
+            _band(axes, *curves(fresh), FRESH_COLOR, "no staleness", linestyle="--")
             for arm in ARMS:
-                _band(axes, chosen(runs, arm=arm, cap=cap), ARM_COLORS[arm], arm)
-            axes.set(title=f"{delay} delay, at most {cap} versions", xlabel="step")
+                if found := chosen(runs, arm=arm, cap=cap):
+                    _band(axes, *curves(found), ARM_COLORS[arm], arm)
+            at_most = "" if delay == "fixed" else "at most "
+            axes.set(title=f"{delay} delay, {at_most}{cap} versions", xlabel="step")
         panels[0].set(ylabel="reward on fixed prompts", ylim=(0, 1.02))
+        _legend_below(figure, panels[0])
+
+    _save(draw, path, 9.6, 3.4)
+
+
+def behind_exact(runs: Sequence[Run], path: Path) -> None:
+    """Reward less that of `exact` with the same seed, a panel a cap: for gaps smaller than those between seeds."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(CAPS), sharey=True)
+        for axes, cap in zip(panels, CAPS, strict=True):
+            steps, exact = curves(chosen(runs, arm="exact", cap=cap))
+            axes.axhline(0, color=ARM_COLORS["exact"], label="exact")
+            for arm in ARMS[1:]:
+                rewards = curves(chosen(runs, arm=arm, cap=cap))[1]
+                _band(axes, steps, rewards - exact, ARM_COLORS[arm], arm)
+            axes.set(title=f"variable delay, at most {cap} versions", xlabel="step")
+        panels[0].set(ylabel="reward less that of exact")
         _legend_below(figure, panels[0])
 
     _save(draw, path, 9.6, 3.4)
@@ -85,43 +107,38 @@ def decays(runs: Sequence[Run], bounds: Sequence[float], path: Path) -> None:
 
 
 def proposition(document: Any, path: Path) -> None:
-    """The log-linear run, and the two that know the total ratio alone."""
+    """The log-linear run and the two that know the total ratio alone; and how far those are from it, in two precisions."""
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         styles = {
-            "log-linear": ("-", COLORS[0], 3.5),
-            "moved": ("--", COLORS[1], 1.5),
-            "as they were": (":", COLORS[7], 1.5),
+            ("log-linear", "float32"): ("log-linear reference", "-", COLORS[0], 3.5),
+            ("moved", "float32"): ("total ratio, thresholds moved", "--", COLORS[1], 1.5),
+            ("moved", "float64"): ("the same in float64", "-.", COLORS[2], 1.5),
+            ("as they were", "float32"): ("total ratio, thresholds as they were", ":", COLORS[7], 1.5),
         }
-        labels = {
-            "log-linear": "log-linear reference",
-            "moved": "total ratio, thresholds moved",
-            "as they were": "total ratio, thresholds as they were",
-        }
-        for run in document["runs"]:
-            for name, (line, color, width) in styles.items():
-                label = labels[name] if run is document["runs"][0] else None
-                alpha = 0.4 if name == "log-linear" else 1.0
-                left.plot(
-                    run["steps"], run["reward"][name], line, color=color, linewidth=width, alpha=alpha, label=label
-                )
+        drawn = {}
+        for (name, trainer), (label, line, color, width) in styles.items():
+            for run in (run for run in document["runs"] if run["trainer"] == trainer):
+                if trainer == "float32":
+                    alpha = 0.4 if name == "log-linear" else 1.0
+                    (drawn[label],) = left.plot(
+                        run["steps"], run["reward"][name], line, color=color, linewidth=width, alpha=alpha
+                    )
                 if name != "log-linear":
-                    right.plot(run["steps"][1:], run["difference"][name][1:], line, color=color, label=label)
-        left.set(title="reward, three seeds", xlabel="step", ylim=(0, 1.02))
+                    (drawn[label],) = right.plot(run["steps"][1:], run["difference"][name][1:], line, color=color)
+        left.set(title="reward in float32, three seeds", xlabel="step", ylim=(0, 1.02))
         right.set(title="largest difference of a parameter, relative", xlabel="step", yscale="log")
-        right.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 1e-2 else f"{value:g}")
-        _legend_below(figure, left)
+        right.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=2)
 
-    _save(draw, path, 7.6, 3.4)
+    _save(draw, path, 7.6, 3.6)
 
 
-def _band(axes: Axes, runs: Sequence[Run], color: str, label: str, **style: Any) -> None:
-    if not runs:
-        return
-    steps, rewards = curves(runs)
-    axes.fill_between(steps, rewards.min(axis=0), rewards.max(axis=0), color=color, alpha=0.13, linewidth=0)
-    axes.plot(steps, rewards.mean(axis=0), color=color, label=label, **style)
+def _band(axes: Axes, steps: Floats, values: Floats, color: str, label: str, **style: Any) -> None:
+    """Mean, smallest and largest of values [seeds, steps]."""
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.13, linewidth=0)
+    axes.plot(steps, values.mean(axis=0), color=color, label=label, **style)
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:

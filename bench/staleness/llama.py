@@ -58,8 +58,8 @@ def random_llama(spec: RandomModel) -> tuple[Shape, dict[str, Tensor]]:
     return Shape(spec.layers, spec.heads, config["rms_norm_eps"], theta), weights
 
 
-def stacked(versions: Sequence[Weights], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Versions of one model as stacked weights, in a type."""
+def stacked(versions: Sequence[Weights], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Versions of one model as stacked weights, in a type or their own."""
     return {name: torch.stack([weights[name] for weights in versions]).to(dtype) for name in versions[0]}
 
 

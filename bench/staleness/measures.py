@@ -42,6 +42,8 @@ class Measures:
         self._rows: list[tuple[float, ...]] = []
         self._buckets: dict[tuple[int, int], _Squares] = defaultdict(_Squares)
         self._fresh: list[Floats] = [np.zeros(0)]
+        self._drift: list[Floats] = [np.zeros(0)]
+        self._engine: list[Floats] = [np.zeros(0)]
 
     def evaluated(self, step: int, reward: float) -> None:
         self._evaluations.append((step, reward))
@@ -55,7 +57,9 @@ class Measures:
         reward: float,
         stats: LossStats,
         staleness_NK: Tensor,
+        *,
         behavior_NK: Tensor,
+        target_NK: Tensor,
         old_NK: Tensor,
         exact_NK: Tensor | None,
     ) -> StepStatistics:
@@ -67,6 +71,7 @@ class Measures:
             stats: of the loss.
             staleness_NK: of each token.
             behavior_NK: log mu.
+            target_NK: log pi_theta before the update.
             old_NK: what the arm took for log pi_old.
             exact_NK: log pi_old itself, where this step was audited.
         """
@@ -85,6 +90,10 @@ class Measures:
             )
         )
         self._fresh.append(np.abs(used[~stale]))
+        if exact is not None and exact_NK is not None:
+            moved = (target_NK - exact_NK).double().numpy().ravel()
+            self._drift.append(moved[staleness == 1])
+            self._engine.append(exact)
         for value in np.unique(staleness):
             bucket = self._buckets[step * PHASES // self._settings.steps, int(value)]
             of_value = staleness == value
@@ -106,7 +115,7 @@ class Measures:
     def _kept(self, log_discrepancy: Floats) -> NDArray[np.bool_]:
         return np.asarray(np.abs(log_discrepancy) <= np.log(self._settings.discrepancy_bound))
 
-    def record(self, center_of_mass: float, cpu_seconds: float) -> RunRecord:
+    def record(self, center_of_mass: float) -> RunRecord:
         """The run as JSON. Curves hold one value for each `evaluate_every` steps; buckets are by phase and staleness."""
         rows = np.array(self._rows)
         means = np.nanmean(rows.reshape(-1, self._settings.evaluate_every, rows.shape[1]), axis=1)
@@ -135,12 +144,19 @@ class Measures:
                 }
                 for (phase, staleness), bucket in sorted(self._buckets.items())
             ],
-            "cpu_seconds": round(cpu_seconds, 1),
+            # Of log pi_theta - log pi_old on tokens of the last version, and of log pi_old - log mu on all; where audited.
+            "rms_drift_per_version": _rms(self._drift),
+            "rms_engine_discrepancy": _rms(self._engine),
         }
 
 
 def _share(selected: NDArray[np.bool_]) -> float:
     return float(selected.mean()) if selected.size else 1.0
+
+
+def _rms(pieces: list[Floats]) -> float | None:
+    values = np.concatenate(pieces)
+    return _digits(float(np.sqrt(np.mean(values**2)))) if values.size else None
 
 
 def _rounded(values: Any) -> list[float]:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bench.staleness.learner import Batch, Learner
 from bench.staleness.settings import Settings
-from bench.staleness.simulation import Batch, Learner, Rollouts, evaluate
+from bench.staleness.simulation import Rollouts, evaluate
 from rljob_runtime.correction.objective import decoupled_policy_loss
 from rljob_runtime.correction.sources import Source, interpolated
 
@@ -53,7 +54,7 @@ def direct_loss(
     at_NK = log_r_NK.detach()
     mask_power_NK, clip_power_NK = torch.ones_like(at_NK), torch.ones_like(at_NK)
     if thresholds == "moved":
-        share_NK = 1 / (staleness_NK + 1.0)
+        share_NK = 1 / (staleness_NK.to(at_NK.dtype) + 1)
         # At staleness 0 the reference is mu itself: r_d is 1, and the mask is infinitely wide.
         mask_power_NK, clip_power_NK = 1 / (1 - share_NK), 1 / share_NK
     advantages_NK = batch.advantages_N[:, None].expand_as(at_NK)
@@ -66,36 +67,62 @@ def direct_loss(
 
 
 def compare(settings: Settings) -> dict[str, Any]:
-    """Train the three on one stream. Curves, and the largest difference of a parameter to the log-linear run's.
+    """Train the three on one stream. Curves; and of the other two, how they part from the log-linear run.
 
-    Differences are relative to the largest distance that a parameter of the log-linear run has moved so far.
+    `difference` is the largest one of a parameter up to an evaluation, relative to the largest distance that a parameter
+    of the log-linear run has moved so far. `crossed` counts the tokens that one loss gives a gradient and the other does
+    not, and names the step of the first: their ratio lies on two sides of a threshold.
     """
-    log_linear, moved, unmoved = (Learner(settings) for _ in range(3))
+    learners = {name: Learner(settings) for name in ("log-linear", "moved", "as they were")}
+    first, *others = learners
     rollouts = Rollouts(settings)
-    start = {name: tensor.detach().clone() for name, tensor in log_linear.weights.items()}
-    learners = {"log-linear": log_linear, "moved": moved, "as they were": unmoved}
+    start = {name: tensor.detach().clone() for name, tensor in learners[first].weights.items()}
     curves: dict[str, list[float]] = {name: [] for name in learners}
-    differences: dict[str, list[float]] = {"moved": [], "as they were": []}
+    differences: dict[str, list[float]] = {name: [] for name in others}
+    crossed: dict[str, list[int]] = {name: [] for name in others}
     steps: list[int] = []
 
     def note(step: int) -> None:
         steps.append(step)
         for name, learner in learners.items():
             curves[name].append(round(evaluate(settings, learner), 5))
-        travelled = _distance(log_linear, start) or 1.0
+        travelled = _distance(learners[first], start) or 1.0
         for name, found in differences.items():
-            found.append(float(f"{_distance(log_linear, learners[name].weights) / travelled:.3g}"))
+            found.append(float(f"{_distance(learners[first], learners[name].weights) / travelled:.3g}"))
 
     for step in range(settings.steps):
         if step % settings.evaluate_every == 0:
             note(step)
-        batch, _ = rollouts.batch(log_linear)
-        staleness_NK = step - batch.versions_NK
-        log_linear.update(log_linear_loss(log_linear.target_logprobs(batch), batch, staleness_NK, settings))
-        moved.update(direct_loss(moved.target_logprobs(batch), batch, staleness_NK, settings, "moved"))
-        unmoved.update(direct_loss(unmoved.target_logprobs(batch), batch, staleness_NK, settings, "as they were"))
+        batch, _ = rollouts.batch(learners[first])
+        active = {name: _updated(learner, name, batch, settings) for name, learner in learners.items()}
+        for name, found in crossed.items():
+            found.append(int((active[name] != active[first]).sum()))
     note(settings.steps)
-    return {"seed": settings.seed, "steps": steps, "reward": curves, "difference": differences}
+    return {
+        "seed": settings.seed,
+        "trainer": settings.trainer,
+        "steps": steps,
+        "reward": curves,
+        "difference": differences,
+        "crossed": {name: _first_and_sum(found) for name, found in crossed.items()},
+    }
+
+
+def _updated(learner: Learner, name: str, batch: Batch, settings: Settings) -> Tensor:
+    """Take the named loss's update; returns which tokens [N, K] had a gradient."""
+    staleness_NK, target_NK = learner.version - batch.versions_NK, learner.target_logprobs(batch)
+    target_NK.retain_grad()
+    if name == "log-linear":
+        loss = log_linear_loss(target_NK, batch, staleness_NK, settings)
+    else:
+        loss = direct_loss(target_NK, batch, staleness_NK, settings, "moved" if name == "moved" else "as they were")
+    learner.update(loss)
+    assert target_NK.grad is not None
+    return target_NK.grad != 0
+
+
+def _first_and_sum(tokens: list[int]) -> dict[str, int | None]:
+    return {"first_step": next((step for step, count in enumerate(tokens) if count), None), "tokens": sum(tokens)}
 
 
 def table_4(mask: tuple[float, float] = (0.99, 1.01), clip: tuple[float, float] = (0.997, 1.004)) -> list[list[float]]:

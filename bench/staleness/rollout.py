@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.staleness.llama import Cache, Shape, Weights, logits, stacked
 
 History = Mapping[int, Weights]
-"""fp32 weights by version."""
+"""The trainer's weights by version."""
 
 
 def generate(
@@ -52,7 +52,7 @@ def generate(
 
 
 def score(history: History, shape: Shape, prompts_NP: Tensor, answers_NK: Tensor, versions_NK: Tensor) -> Tensor:
-    """fp32 log-probability [N, K] of each answer token under the trainer's forward at its own version."""
+    """Log-probability [N, K] of each answer token under the trainer's forward at its own version."""
     named = torch.zeros(len(answers_NK), int(versions_NK.max()) + 1, dtype=torch.bool)
     named.scatter_(1, versions_NK, True)
     row_M, version_M = named.nonzero(as_tuple=True)  # a row appears once for each of its versions
@@ -62,7 +62,7 @@ def score(history: History, shape: Shape, prompts_NP: Tensor, answers_NK: Tensor
         scored_MK = place.flat(
             answer_logprobs(stacked([history[v] for v in place.versions]), shape, place.grid(tokens_MT), answers_NK)
         )
-    result_NK = torch.zeros(answers_NK.shape)
+    result_NK = torch.zeros(answers_NK.shape, dtype=scored_MK.dtype)
     own_MK = versions_NK[row_M] == version_M[:, None]
     result_NK[row_M[:, None].expand_as(own_MK)[own_MK], own_MK.nonzero()[:, 1]] = scored_MK[own_MK]
     return result_NK
@@ -72,7 +72,7 @@ def answer_logprobs(weights: Weights, shape: Shape, tokens_VRT: Tensor, answers_
     """Log-probabilities [V, R, K] of the last K tokens of each row, with gradient if the weights have it."""
     count = answers_NK.shape[1]
     found = logits(weights, tokens_VRT[..., :-1], shape)[..., -count:, :]
-    return found.float().log_softmax(-1).gather(-1, tokens_VRT[..., -count:, None])[..., 0]
+    return found.log_softmax(-1).gather(-1, tokens_VRT[..., -count:, None])[..., 0]
 
 
 @torch.no_grad()

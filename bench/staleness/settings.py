@@ -36,6 +36,9 @@ class Settings:
     groups: int = 32
     group_size: int = 8
     learning_rate: float = 2e-3
+    warm_steps: int = 0
+    """Steps without staleness, at the learning rate of the learning sweep, that make the initial weights."""
+    trainer: Literal["float32", "float64"] = "float32"
     engine: Literal["bfloat16", "float32"] = "bfloat16"
     evaluate_every: int = 10
     evaluation_prompts: int = 256

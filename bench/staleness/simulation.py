@@ -3,8 +3,9 @@
 What a cluster does side by side happens here one after the other, with the delays given instead of suffered. So runs are
 deterministic, and arms that differ only in the old policy see the same questions, delays and random numbers.
 
-The trainer is fp32. The engine is a copy of a version's weights in bfloat16, so that the discrepancy is real. Loss,
-advantages, averaged weights, reset and learning-rate schedule are the project's own; so are the numbers of AdamW.
+The trainer is fp32 unless the settings say otherwise. The engine is a copy of a version's weights in bfloat16, so that the
+discrepancy is real. Loss, advantages, averaged weights, reset and learning-rate schedule are the project's own; so are the
+numbers of AdamW.
 
 Shapes: N trajectories of a batch, K answer tokens, P prompt tokens.
 """
@@ -12,86 +13,31 @@ Shapes: N trajectories of a batch, K answer tokens, P prompt tokens.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.staleness import task
 from bench.staleness.delays import Delay
-from bench.staleness.llama import random_llama
+from bench.staleness.learner import Batch, Learner
+from bench.staleness.llama import Weights
 from bench.staleness.measures import Measures, RunRecord
-from bench.staleness.rollout import answer_logprobs, generate, score
+from bench.staleness.rollout import generate, score
 from bench.staleness.settings import Settings
-from rljob_api.spec import Advantage, Ewma, EwmaReset, RandomModel, Training
+from rljob_api.spec import Advantage, Ewma, EwmaReset
 from rljob_runtime.correction.ewma import WeightEwma
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
 from rljob_runtime.correction.objective import decoupled_policy_loss
 from rljob_runtime.correction.sources import Source, interpolated
 from rljob_runtime.trainer.advantages import group_advantages
-from rljob_runtime.trainer.optimizer import learning_rate
 
 AUDIT_EVERY = 5
 """Steps between those whose tokens are scored exactly whatever the arm, to measure what leaked."""
 _EVALUATION_SEED = 999
 _NO_RESET = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What the rollout side hands over, with its advantages."""
-
-    prompts_NP: Tensor
-    answers_NK: Tensor
-    behavior_logprobs_NK: Tensor
-    versions_NK: Tensor
-    advantages_N: Tensor
-
-
-class Learner:
-    """The fp32 trainer: weights, AdamW, and the last versions."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.shape, weights = random_llama(RandomModel(seed=settings.seed, max_positions=64))
-        self.weights = {name: tensor.requires_grad_() for name, tensor in weights.items()}
-        self.training = Training(
-            steps=settings.steps, tasks_per_step=settings.groups, learning_rate=settings.learning_rate
-        )
-        self._optimizer = torch.optim.AdamW(
-            list(self.weights.values()),
-            lr=self.training.learning_rate,
-            betas=(self.training.beta1, self.training.beta2),
-            weight_decay=self.training.weight_decay,
-        )
-        self.version = 0
-        self._kept = deque([self._copy()], maxlen=settings.cap + 1)
-
-    @property
-    def history(self) -> dict[int, dict[str, Tensor]]:
-        """The versions that a token within the bound may name."""
-        return {self.version - age: weights for age, weights in enumerate(reversed(self._kept))}
-
-    def target_logprobs(self, batch: Batch) -> Tensor:
-        """log pi_theta [N, K], with gradient."""
-        tokens_NT = torch.cat([batch.prompts_NP, batch.answers_NK], dim=1)
-        stack_of_one = {name: tensor[None] for name, tensor in self.weights.items()}
-        return answer_logprobs(stack_of_one, self.shape, tokens_NT[None], batch.answers_NK)[0]
-
-    def update(self, loss: Tensor) -> None:
-        """One optimizer update, and the version that it makes."""
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.training.gradient_clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, self.version)
-        self._optimizer.step()
-        self.version += 1
-        self._kept.append(self._copy())
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.weights.items()}
+_WARM_BOUND = 2.0
+"""The project's default mask, whatever the one of the run that follows."""
 
 
 class Rollouts:
@@ -197,9 +143,33 @@ def run(settings: Settings, on_step: Callable[[int, Learner, Batch], None] | Non
         on_step: called before each update with the step's batch.
     """
     started = time.process_time()
-    learner, rollouts = Learner(settings), Rollouts(settings)
-    old_policy = OldPolicy(settings, learner)
-    measures = Measures(settings)
+    learner = Learner(settings, _warm_weights(settings) if settings.warm_steps else None)
+    return train(settings, learner, on_step) | {"cpu_seconds": round(time.process_time() - started, 1)}
+
+
+def _warm_weights(settings: Settings) -> Weights:
+    """Those of a run without staleness; all arms and masks of a seed start from the same ones."""
+    warm = Settings(
+        arm="exact",
+        cap=0,
+        delay="fixed",
+        seed=settings.seed,
+        discrepancy_bound=_WARM_BOUND,
+        digits=settings.digits,
+        steps=settings.warm_steps,
+        groups=settings.groups,
+        group_size=settings.group_size,
+    )
+    learner = Learner(warm)
+    train(warm, learner)
+    return learner.weights
+
+
+def train(
+    settings: Settings, learner: Learner, on_step: Callable[[int, Learner, Batch], None] | None = None
+) -> RunRecord:
+    """The settings' steps, from the learner's weights on; what was measured."""
+    rollouts, old_policy, measures = Rollouts(settings), OldPolicy(settings, learner), Measures(settings)
     for step in range(settings.steps):
         if step % settings.evaluate_every == 0:
             measures.evaluated(step, evaluate(settings, learner))
@@ -223,13 +193,20 @@ def run(settings: Settings, on_step: Callable[[int, Learner, Batch], None] | Non
             discrepancy_high=settings.discrepancy_bound,
         )
         statistics = measures.trained(
-            step, reward, stats, learner.version - batch.versions_NK, batch.behavior_logprobs_NK, old_NK, exact_NK
+            step,
+            reward,
+            stats,
+            learner.version - batch.versions_NK,
+            behavior_NK=batch.behavior_logprobs_NK,
+            target_NK=target_NK.detach(),
+            old_NK=old_NK,
+            exact_NK=exact_NK,
         )
         learner.update(loss)
         if old_policy.published(learner, statistics):
             measures.was_reset(step)
     measures.evaluated(settings.steps, evaluate(settings, learner))
-    return measures.record(old_policy.center_of_mass, time.process_time() - started)
+    return measures.record(old_policy.center_of_mass)
 
 
 def exact_logprobs(batch: Batch, learner: Learner, target_NK: Tensor) -> Tensor:

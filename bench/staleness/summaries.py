@@ -24,6 +24,11 @@ def curve_mean(run: Run) -> float:
     return float(np.mean(run.record["reward"]))
 
 
+def early_mean(run: Run) -> float:
+    """Mean reward over the first half of the evaluations."""
+    return float(np.mean(run.record["reward"][: len(run.record["reward"]) // 2]))
+
+
 def keep(run: Run) -> float:
     """Share of tokens that the discrepancy mask keeps, mean over steps."""
     return float(np.mean(run.record["keep"]))
@@ -42,6 +47,16 @@ def leak(run: Run) -> float:
 def resets(run: Run) -> float:
     """Number of resets."""
     return float(len(run.record["resets"]))
+
+
+def drift(run: Run) -> float:
+    """RMS of what the policy moves in log-probability from one version to the next, on sampled tokens."""
+    return float(run.record["rms_drift_per_version"])
+
+
+def engine_discrepancy(run: Run) -> float:
+    """RMS of log r_d with exact old log-probabilities: what the engine differs from the trainer by."""
+    return float(run.record["rms_engine_discrepancy"])
 
 
 @dataclass(frozen=True, slots=True)

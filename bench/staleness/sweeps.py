@@ -17,7 +17,6 @@ RESET_THRESHOLDS = (0.8,)
 """Besides 0.9 and off, which are arms of the learning sweep."""
 CLIPS = (0.1, 0.2, 0.4)
 ABLATION_CAP = 4
-FIXED_ARMS = ("exact", "ewma", "current")
 OPEN_BOUND = 2.0
 """The project's default for a mask on single tokens."""
 
@@ -28,15 +27,26 @@ def calibration() -> Iterator[Settings]:
         yield Settings(arm="exact", cap=0, delay="fixed", seed=seed, discrepancy_bound=OPEN_BOUND)
 
 
-def calibrated_bound() -> float:
+def small(settings: Settings) -> Settings:
+    """The same run with a drift per version of the size of the engine's discrepancy, from weights that know a part."""
+    return replace(settings, learning_rate=1e-4, warm_steps=40, steps=200, evaluate_every=20)
+
+
+def small_calibration() -> Iterator[Settings]:
+    """The calibration where the drift is small."""
+    yield from map(small, calibration())
+
+
+def calibrated_bound(sweep: str = "variable") -> float:
     """exp of the 99th percentile of |log r_d| at staleness 0, mean over seeds, rounded to 4 digits.
 
     Raises:
         LookupError: the calibration has not been run.
     """
-    runs = load("calibration")
+    name = "small_calibration" if sweep == "small_drift" else "calibration"
+    runs = load(name)
     if len(runs) < len(SEEDS):
-        raise LookupError("the discrepancy mask is not calibrated: python -m bench.staleness run calibration")
+        raise LookupError(f"the discrepancy mask is not calibrated: python -m bench.staleness run {name}")
     return round(math.exp(fmean(run.record["abs_log_discrepancy"]["0.99"] for run in runs)), 4)
 
 
@@ -56,9 +66,9 @@ def variable(bound: float) -> Iterator[Settings]:
 
 
 def fixed(bound: float) -> Iterator[Settings]:
-    """The arms whose order matters most under fixed delays, at one cap."""
+    """Every arm under fixed delays; without staleness the two kinds are one."""
     for settings in variable(bound):
-        if settings.cap == ABLATION_CAP and settings.arm in FIXED_ARMS:
+        if settings.cap:
             yield replace(settings, delay="fixed")
 
 
@@ -67,6 +77,11 @@ def open_mask(bound: float) -> Iterator[Settings]:
     for settings in variable(bound):
         if settings.cap == ABLATION_CAP:
             yield replace(settings, discrepancy_bound=OPEN_BOUND)
+
+
+def small_drift(bound: float) -> Iterator[Settings]:
+    """Every arm under variable delays where the drift is small."""
+    yield from map(small, variable(bound))
 
 
 def decay(bound: float) -> Iterator[Settings]:
@@ -100,13 +115,16 @@ def reset(bound: float) -> Iterator[Settings]:
 
 
 def thresholds(bound: float) -> Iterator[Settings]:
-    """Width of the discrepancy mask times width of the clip, exact old log-probabilities."""
-    for seed in SEEDS[:2]:
+    """Width of the discrepancy mask times width of the clip, exact old log-probabilities; less what other sweeps have."""
+    elsewhere = {settings.key for sweep in (variable, open_mask) for settings in sweep(bound)}
+    for seed in SEEDS:
         for of_mask in mask_bounds(bound):
             for clip in CLIPS:
-                yield Settings(
+                settings = Settings(
                     arm="exact", cap=ABLATION_CAP, delay="variable", seed=seed, discrepancy_bound=of_mask, clip=clip
                 )
+                if settings.key not in elsewhere:
+                    yield settings
 
 
 def mask_bounds(bound: float) -> tuple[float, float, float]:
@@ -114,10 +132,13 @@ def mask_bounds(bound: float) -> tuple[float, float, float]:
     return round(bound ** (1 / 3), 4), bound, OPEN_BOUND
 
 
+CALIBRATIONS = {"calibration": calibration, "small_calibration": small_calibration}
+"""These come first: the mask of the others follows from them."""
 SWEEPS = {
     "variable": variable,
     "open_mask": open_mask,
     "fixed": fixed,
+    "small_drift": small_drift,
     "decay": decay,
     "reset": reset,
     "thresholds": thresholds,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bench.staleness import proposition, report, summaries, sweeps, task
+from bench.staleness import markdown, proposition, report, summaries, sweeps, task
 from bench.staleness.delays import Delay
 from bench.staleness.device_time import ideal_table, in_step_seconds, queued_seconds
+from bench.staleness.learner import Batch, Learner
 from bench.staleness.llama import Cache, Shape, logits, random_llama, stacked
 from bench.staleness.results import Run, append, load, missing
 from bench.staleness.rollout import generate, score
-from bench.staleness.settings import Arm, Settings
-from bench.staleness.simulation import Learner, run
+from bench.staleness.settings import ARMS, Arm, Settings
+from bench.staleness.simulation import run
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -217,9 +219,43 @@ def test_the_average_is_reset_when_the_mask_shuts_it_out_and_only_then() -> None
 
 def test_a_log_linear_reference_is_the_total_ratio_with_moved_thresholds() -> None:
     """Proposition 1, on one recorded stream; with the thresholds as they were the same run goes elsewhere."""
-    found = proposition.compare(replace(SMALL, arm="log-linear", learning_rate=2e-3))
+    found = proposition.compare(replace(SMALL, arm="log-linear"))
     assert max(found["difference"]["moved"]) < 1e-3
     assert found["difference"]["as they were"][-1] > 0.1
+
+
+def test_in_float64_a_log_linear_run_and_its_moved_thresholds_part_by_rounding_alone() -> None:
+    found = proposition.compare(replace(SMALL, arm="log-linear", trainer="float64"))
+    assert max(found["difference"]["moved"]) < 1e-10
+    assert found["crossed"]["moved"] == {"first_step": None, "tokens": 0}
+    assert found["crossed"]["as they were"]["tokens"] > 0
+
+
+def test_the_drift_is_what_the_policy_moved_since_the_last_version() -> None:
+    """With an engine in float32, where log mu is log pi_old."""
+    moved: list[Tensor] = []
+
+    def note(step: int, learner: Learner, batch: Batch) -> None:
+        difference_NK = learner.target_logprobs(batch).detach() - batch.behavior_logprobs_NK
+        moved.append(difference_NK[step - batch.versions_NK == 1])
+
+    found = run(replace(SMALL, engine="float32"), on_step=note)
+    assert found["rms_drift_per_version"] == pytest.approx(float(torch.cat(moved).square().mean().sqrt()), rel=2e-3)
+    assert found["rms_engine_discrepancy"] < 2e-6
+    assert run(replace(SMALL, cap=0))["rms_drift_per_version"] is None
+
+
+def test_a_warm_run_starts_from_the_weights_of_a_run_without_staleness_whatever_its_arm_and_mask() -> None:
+    def start(settings: Settings) -> dict[str, Tensor]:
+        kept: list[dict[str, Tensor]] = []
+        run(settings, on_step=lambda _step, learner, _batch: kept.append(learner.history[0]) if not kept else None)
+        return kept[0]
+
+    warm = replace(SMALL, warm_steps=10, learning_rate=1e-4)
+    without = final_weights(replace(SMALL, cap=0, delay="fixed", discrepancy_bound=2.0, steps=10, evaluate_every=10))
+    assert equal(start(warm), without)
+    assert equal(start(replace(warm, arm="ewma", discrepancy_bound=1.5)), without)
+    assert not equal(start(SMALL), without)
 
 
 @pytest.mark.parametrize("seconds", [in_step_seconds, queued_seconds])
@@ -254,6 +290,19 @@ def test_a_run_with_any_other_setting_is_another_run(tmp_path: Path) -> None:
         assert list(missing([other], "calibration", tmp_path)) == [other]
 
 
+def test_the_sweeps_hold_every_arm_and_every_pair_of_thresholds_for_each_seed() -> None:
+    of_fixed = {(its.arm, its.cap, its.seed) for its in sweeps.fixed(1.01)}
+    assert of_fixed == set(itertools.product(ARMS, sweeps.CAPS, sweeps.SEEDS))
+    settings = list(itertools.chain(sweeps.variable(1.01), sweeps.open_mask(1.01), sweeps.thresholds(1.01)))
+    assert len({its.key for its in settings}) == len(settings)
+    pairs = {
+        (its.discrepancy_bound, its.clip, its.seed)
+        for its in settings
+        if its.arm == "exact" and its.cap == sweeps.ABLATION_CAP
+    }
+    assert pairs == set(itertools.product(sweeps.mask_bounds(1.01), sweeps.CLIPS, sweeps.SEEDS))
+
+
 def test_three_seeds_order_two_arms_only_where_all_agree() -> None:
     def runs(*rewards: float) -> list[Run]:
         return [Run(replace(SMALL, seed=seed), {"reward": [reward]}) for seed, reward in enumerate(rewards)]
@@ -270,14 +319,18 @@ def test_a_result_is_the_mean_of_the_last_evaluations_and_not_the_best() -> None
     assert summaries.last_mean(Run(SMALL, {"reward": [0.0, 0.9, 0.3, 0.2, 0.4]})) == pytest.approx(0.3)
 
 
+def test_early_is_the_first_half_of_the_evaluations() -> None:
+    assert summaries.early_mean(Run(SMALL, {"reward": [0.1, 0.3, 0.8, 0.9]})) == pytest.approx(0.2)
+
+
 def test_tables_replace_what_stands_between_their_markers() -> None:
     page = "before\n<!-- staleness:one -->\nold\n<!-- end -->\nafter\n"
-    assert report.filled(page, {"one": "new"}) == "before\n<!-- staleness:one -->\nnew\n<!-- end -->\nafter\n"
+    assert markdown.filled(page, {"one": "new"}) == "before\n<!-- staleness:one -->\nnew\n<!-- end -->\nafter\n"
     with pytest.raises(LookupError, match="asks for the table 'one'"):
-        report.filled(page, {"two": "new"})
+        markdown.filled(page, {"two": "new"})
 
 
 def test_the_tables_on_the_page_are_those_of_the_stored_runs() -> None:
     page = report.PAGE.read_text()
-    assert report.filled(page, report.tables()) == page
+    assert markdown.filled(page, report.tables()) == page
     assert "<!-- staleness:variable-8 -->" in page
