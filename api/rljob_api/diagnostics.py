@@ -100,8 +100,8 @@ class AuditBucket(FrozenModel):
     """log pi_reference - log mu: the discrepancy as the mask saw it."""
     exact: float
     """log pi_old - log mu: the discrepancy as it is."""
-    drift: float
-    """log pi_theta - log pi_old: how far the policy has moved since the token's version."""
+    drift_by_lag: dict[str, float] = Field(default_factory=dict)
+    """log pi_u - log pi_w of any two versions u and w, so many versions apart and neither older than the token's."""
 
 
 class AuditReport(FrozenModel):
@@ -115,6 +115,6 @@ class AuditReport(FrozenModel):
     version_weights: tuple[float, ...] = ()
     """Share of each version in the averaged weights, newest first; (1,) for the present policy; () if not an average."""
     drift_exponent: float | None = None
-    """The drift's mean square grows with that power of staleness: 2 moves straight on, 1 at random."""
+    """The drift's mean square grows with that power of the lag: 2 moves straight on, 1 at random."""
     predicted_leak_rms: float | None = None
     """From the measured drift and staleness alone; None without drift or weights."""

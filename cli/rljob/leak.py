@@ -4,6 +4,9 @@ The size of log r_d depends on the position in the trajectory and on how far tra
 Neither is a leak, so staleness is permuted over whole trajectories within (position, phase of training) only; see
 `rljob_runtime.correction.diagnostics.flatness_test`. Late in training the policy is nearly certain of most tokens and
 the rare others dominate every RMS: tokens count that were sampled before the mean reward passed `REWARD_BELOW`.
+
+That no leak is found says something only where one would have been: a leak by which log r_d grows with each version is
+planted in the same tokens, and the test must find it before they are called flat.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 from rljob.record import Record, RecordedStep
 from rljob_api.messages import StepReport
 from rljob_runtime.correction.diagnostics import flatness_test
-from rljob_runtime.correction.leak import LeakVerdict, leak_cells, leak_verdict
+from rljob_runtime.correction.leak import TOLERANCE, LeakVerdict, leak_cells, leak_verdict
 
 POSITION_BINS = 4
 PHASE_STEPS = 5
@@ -41,7 +44,7 @@ class Leak:
     """Weighted standard deviation of the RMS of log r_d over staleness, relative: 0.1 says buckets differ by a tenth."""
     p_value: float
     verdict: LeakVerdict
-    """Whether there is a leak is the test's word; how it goes with staleness is read from the same tokens."""
+    """Whether there is a leak is the test's word, where it can see one; how it goes with staleness is read from the same tokens."""
 
     @property
     def found(self) -> bool:
@@ -70,16 +73,17 @@ def find_leak(record: Record, rewards: Sequence[float]) -> Leak | None:
         return None
     trajectory_N = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
     edges = np.quantile(position_N, np.linspace(0, 1, POSITION_BINS + 1)[1:-1])
-    effect, p_value = flatness_test(
-        log_discrepancy_N,
-        staleness_N,
-        trajectory_N,
-        np.stack([np.searchsorted(edges, position_N), phase_N], axis=1),
-        num_permutations=PERMUTATIONS,
-        seed=0,
-    )
-    cells = leak_cells(log_discrepancy_N, version_N, staleness_N, position_N)
-    verdict = leak_verdict(cells, differs=p_value < SIGNIFICANCE)
+    strata = np.stack([np.searchsorted(edges, position_N), phase_N], axis=1)
+
+    def test(tested_N: NDArray[np.float64]) -> tuple[float, float]:
+        return flatness_test(tested_N, staleness_N, trajectory_N, strata, num_permutations=PERMUTATIONS, seed=0)
+
+    effect, p_value = test(log_discrepancy_N)
+    differs: bool | None = p_value < SIGNIFICANCE
+    if not differs:
+        planted_N = log_discrepancy_N * (1 + TOLERANCE) ** (staleness_N - staleness_N.min())
+        differs = False if test(planted_N)[1] < SIGNIFICANCE else None
+    verdict = leak_verdict(leak_cells(log_discrepancy_N, version_N, staleness_N, position_N), differs=differs)
     return Leak(trajectories=len(parts), tokens=len(staleness_N), effect=effect, p_value=p_value, verdict=verdict)
 
 

@@ -100,7 +100,8 @@ def leak_verdict(cells: Sequence[LeakCell], *, differs: bool | None = None) -> L
 
     Args:
         cells: of the reports of a run.
-        differs: what a test with more to go on found (`diagnostics.flatness_test` on a record); unset, the cells decide.
+        differs: what a test with more to go on found (`diagnostics.flatness_test` on a record), False only where it would
+            have found a leak; unset, the cells decide.
     """
     version_C, staleness_C, position_C, count_C = (
         np.array([cell[field] for cell in cells], np.int64) for field in range(4)
@@ -157,7 +158,7 @@ def _judge(
 
 def _unseen(differs: bool | None) -> Shape:
     """Where too few versions were trained at several stalenesses: a test that permutes trajectories may know all the same."""
-    return Shape.CHANGING if differs else Shape.UNKNOWN
+    return Shape.UNKNOWN if differs is None else Shape.CHANGING if differs else Shape.FLAT
 
 
 def _fit(tokens_C: Floats, square_C: Floats, stratum_C: Ints, label_C: Ints) -> tuple[Floats, Floats]:

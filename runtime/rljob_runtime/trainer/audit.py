@@ -1,7 +1,7 @@
 """The audit: a small share of the trained tokens, scored again by the published versions that sampled them.
 
-It says how far the values that the loss used are from the exact ones, whatever their source. A version that the trainer
-does not hold comes from the blob store, so the audit needs no snapshots; to load few of them, it is made every
+It says how far the values that the loss used are from the exact ones, whatever their source, and by scoring the tokens
+with the versions since then, too, how far the policy moves from version to version. One that the trainer does not hold comes from the blob store, so the audit needs no snapshots; to load few of them, it is made every
 `EVERY_STEPS` steps, for as many more trajectories.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ DEFAULT_FRACTION = 0.02
 
 Exact = Mapping[int, NDArray[np.float32]]
 """Row -> log-probabilities [T] under each token's own version; NaN where none was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """One step's audit, by row; empty in steps without one."""
+
+    exact: Exact
+    by_age: Mapping[int, NDArray[np.float32]]
+    """Row -> log-probabilities [K, T] under the version k before the present one; NaN where that is older than the token's,
+    the present one, or was not to be had."""
 
 
 def audited_share(correction: Correction) -> float:
@@ -66,27 +77,23 @@ class Auditor:
         self._fetch_version = fetch_version
         self._scratch = scratch
 
-    def exact(self, batch: TrainBatch, step: int) -> Exact:
-        """Exact values of the audited rows' stale tokens; empty in steps without an audit. Collective.
+    def score(self, batch: TrainBatch, step: int) -> Audited:
+        """The audited rows' stale tokens, under their own version and all that came since. Collective.
 
         To be called while the policy holds the batch's version.
         """
-        found: dict[int, NDArray[np.float32]] = {}
+        exact: dict[int, NDArray[np.float32]] = {}
+        by_age: dict[int, NDArray[np.float32]] = {}
         if self._share == 0 or step % EVERY_STEPS:
-            return found
+            return Audited(exact, by_age)
         fraction = min(1.0, self._share * EVERY_STEPS)
-        chosen = [
-            index
+        stale = {
+            index: row.trainable & (row.staleness > 0)
             for index, row in enumerate(batch.rows)
             if is_audited(row.task, row.sample, seed=self._seed, fraction=fraction)
-        ]
-        stale = {index: batch.rows[index].trainable & (batch.rows[index].staleness > 0) for index in chosen}
-        versions = {int(v) for index, mask in stale.items() for v in batch.rows[index].weight_version[mask]}
-        for version in sorted(versions):
-            places = {
-                index: np.flatnonzero(mask & (batch.rows[index].weight_version == version))
-                for index, mask in stale.items()
-            }
+        }
+        for version in _versions_since(batch, stale):
+            places = {index: _places(batch, index, mask, version) for index, mask in stale.items()}
             places = {index: positions for index, positions in places.items() if positions.size}
             rows = tuple(batch.rows[index].tokens[: positions[-1] + 1] for index, positions in places.items())
             with self._store_of(version) as store:
@@ -101,9 +108,15 @@ class Auditor:
                     resident=batch.version,
                 )
             for (index, positions), logprobs in zip(places.items(), scored, strict=True):
-                values = found.setdefault(index, np.full(batch.rows[index].num_tokens, np.nan, np.float32))
-                values[positions] = logprobs[positions]
-        return found
+                row = batch.rows[index]
+                own = positions[row.weight_version[positions] == version]
+                exact.setdefault(index, np.full(row.num_tokens, np.nan, np.float32))[own] = logprobs[own]
+                shape = (int(row.staleness[stale[index]].max()) + 1, row.num_tokens)
+                ages = np.where(
+                    row.weight_version[positions] == version, row.staleness[positions], batch.version - version
+                )
+                by_age.setdefault(index, np.full(shape, np.nan, np.float32))[ages, positions] = logprobs[positions]
+        return Audited(exact, by_age)
 
     @contextmanager
     def _store_of(self, version: int) -> Iterator[SnapshotStore | None]:
@@ -124,33 +137,37 @@ class Auditor:
                 file.unlink(missing_ok=True)
 
     def report(
-        self, batch: TrainBatch, update: UpdateReport, exact: Exact, average: tuple[float, ...]
+        self, batch: TrainBatch, update: UpdateReport, audited: Audited, average: tuple[float, ...]
     ) -> AuditReport | None:
         """What the audited tokens say; None in steps without one.
 
         Args:
             batch: the step's.
             update: what the loss used.
-            exact: of `exact`.
+            audited: of `score`.
             average: share of each version in the average that scored the step, newest first; empty without one.
         """
-        if not exact:
+        if not audited.exact:
             return None
-        rows = [(batch.rows[index], update.records[index], values) for index, values in exact.items()]
-        chosen = [
-            np.isfinite(values) & (record.source != Source.MISSING) & (record.source != Source.NONE)
-            for _, record, values in rows
-        ]
-
-        def joined(arrays: list[NDArray[np.generic]]) -> NDArray[np.generic]:
-            return np.concatenate([array[mask] for array, mask in zip(arrays, chosen, strict=True)])
-
+        oldest = max(len(by_age) for by_age in audited.by_age.values())
+        columns = []
+        for index, exact in audited.exact.items():
+            row, record = batch.rows[index], update.records[index]
+            by_age = np.full((oldest, row.num_tokens), np.nan, np.float32)
+            by_age[: len(audited.by_age[index])] = audited.by_age[index]
+            by_age[0] = record.target_logprobs
+            chosen = np.isfinite(exact) & (record.source != Source.MISSING) & (record.source != Source.NONE)
+            columns.append(
+                np.vstack([record.old_logprobs, row.behavior_logprobs, row.staleness, by_age])[:, chosen].astype(
+                    np.float64
+                )
+            )
+        approximate_N, behavior_N, staleness_N, *by_age_KN = np.concatenate(columns, axis=1)
         return audit_report(
-            approximate_logprobs_N=joined([record.old_logprobs for _, record, _ in rows]),
-            exact_logprobs_N=joined([values for _, _, values in rows]),
-            behavior_logprobs_N=joined([row.behavior_logprobs for row, _, _ in rows]),
-            target_logprobs_N=joined([record.target_logprobs for _, record, _ in rows]),
-            staleness_N=joined([row.staleness for row, _, _ in rows]),
+            approximate_logprobs_N=approximate_N,
+            behavior_logprobs_N=behavior_N,
+            logprobs_by_age_KN=np.array(by_age_KN),
+            staleness_N=staleness_N,
             version_weights=self._weights(average),
         )
 
@@ -161,3 +178,27 @@ class Auditor:
             case OldLogprobs.EWMA:
                 return average
         return ()
+
+
+def _versions_since(batch: TrainBatch, stale: Mapping[int, NDArray[np.bool_]]) -> list[int]:
+    """Versions of the marked tokens, and those after the oldest of them up to the present one, ascending."""
+    named = {int(version) for index, mask in stale.items() for version in batch.rows[index].weight_version[mask]}
+    dense = [
+        int(batch.rows[index].weight_version[mask].min())
+        for index, mask in stale.items()
+        if mask.any() and _counts_versions(batch, index, mask)
+    ]
+    return sorted(named.union(range(min(dense), batch.version)) if dense else named)
+
+
+def _places(batch: TrainBatch, index: int, mask: NDArray[np.bool_], version: int) -> NDArray[np.int64]:
+    """Marked tokens of a row that the version sampled, or that are older and are scored by it to see the policy move."""
+    row = batch.rows[index]
+    older = _counts_versions(batch, index, mask) & (row.weight_version < version)
+    return np.flatnonzero(mask & ((row.weight_version == version) | older))
+
+
+def _counts_versions(batch: TrainBatch, index: int, mask: NDArray[np.bool_]) -> bool:
+    """Whether staleness is the difference of version numbers: a resume counts numbers up without a step."""
+    row = batch.rows[index]
+    return bool((batch.version - row.weight_version[mask] == row.staleness[mask]).all())

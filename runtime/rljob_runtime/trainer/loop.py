@@ -143,7 +143,7 @@ class Trainer:
         self._reload_snapshots(batch)
         old = resolve_batch(self._policy, batch, self._snapshots, self._settings, self._world, self._average)
         scored = time.monotonic()
-        exact = self._auditor.exact(batch, self._step)
+        found = self._auditor.score(batch, self._step)
         audited = time.monotonic()
         average = () if self._average is None else self._average.version_weights()
         rate = learning_rate(self._spec.training, self._step)
@@ -158,7 +158,7 @@ class Trainer:
             before_first_update=self._leave_version,
         )
         if self._average is not None:
-            self._average.observe(step_statistics(batch, update, self._settings, exact))
+            self._average.observe(step_statistics(batch, update, self._settings, found.exact))
         trained = time.monotonic()
         self._step += 1
         self._version += 1
@@ -179,7 +179,7 @@ class Trainer:
                 batch=batch,
                 update=update,
                 ewma=None if self._average is None else self._average.report(),
-                audit=self._auditor.report(batch, update, exact, average),
+                audit=self._auditor.report(batch, update, found, average),
                 diagnostics=step_diagnostics(step_tokens(batch, update.records), thresholds_of(self._settings)),
                 rate=rate,
                 seconds=seconds,

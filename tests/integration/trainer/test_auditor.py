@@ -17,7 +17,7 @@ from rljob_api.spec import Correction, RLJobSpec
 from rljob_api.validate import parse_job
 from rljob_runtime.correction.audit import is_audited
 from rljob_runtime.correction.snapshots import SnapshotStore
-from rljob_runtime.trainer.audit import EVERY_STEPS, Auditor, audited_share
+from rljob_runtime.trainer.audit import EVERY_STEPS, Audited, Auditor, audited_share
 from rljob_runtime.trainer.batch import TrainBatch
 from rljob_runtime.trainer.distributed import World, distributed_world
 from rljob_runtime.trainer.model import Policy
@@ -78,7 +78,7 @@ def spec(**correction: Any) -> RLJobSpec:
 
 def audit(
     published: Published, chosen: RLJobSpec, *, held: SnapshotStore | None = None, fetch: Any = None
-) -> tuple[TrainBatch, dict[int, NDArray[np.float32]], UpdateReport, Auditor]:
+) -> tuple[TrainBatch, Audited, UpdateReport, Auditor]:
     """One step at a learning rate of 0, audited."""
     store = SnapshotStore(torch.float32) if held is None else held
     batch = make_batch(5, version=NEWEST, groups=6)
@@ -93,16 +93,17 @@ def audit(
     )
     settings = UpdateSettings.of(chosen)
     old = resolve_batch(published.policy, batch, store, settings, published.world)
-    exact = dict(auditor.exact(batch, step=2 * EVERY_STEPS))
+    audited = auditor.score(batch, step=2 * EVERY_STEPS)
     optimizer = torch.optim.SGD(published.policy.parameters(), lr=0.0)
     update = train_on(published.policy, optimizer, batch, old, settings, published.world, rate=0.0)
-    return batch, exact, update, auditor
+    return batch, audited, update, auditor
 
 
 def test_audited_tokens_have_the_value_of_their_own_version_and_the_leak_is_the_difference(
     published: Published,
 ) -> None:
-    batch, exact, update, auditor = audit(published, spec(oldLogprobs="Current", auditFraction=0.05))
+    batch, audited, update, auditor = audit(published, spec(oldLogprobs="Current", auditFraction=0.05))
+    exact = audited.exact
     chosen = [i for i, row in enumerate(batch.rows) if is_audited(row.task, row.sample, seed=0, fraction=0.5)]
     assert 3 <= len(chosen) < len(batch.rows)
     by_version = {version: published.exact(batch, version) for version in range(NEWEST)}
@@ -116,8 +117,17 @@ def test_audited_tokens_have_the_value_of_their_own_version_and_the_leak_is_the_
         for position in np.flatnonzero(stale):
             value = by_version[int(row.weight_version[position])][index][position]
             assert exact[index][position] == pytest.approx(value, abs=1e-5)
+            for age in range(1, NEWEST + 1):
+                seen, later = (
+                    audited.by_age[index][age, position] if age < len(audited.by_age[index]) else np.nan,
+                    NEWEST - age,
+                )
+                if later < row.weight_version[position]:
+                    assert np.isnan(seen)
+                else:
+                    assert seen == pytest.approx(by_version[later][index][position], abs=1e-5)
             squares.append(float(update.records[index].old_logprobs[position] - value) ** 2)
-    report = auditor.report(batch, update, exact, ())
+    report = auditor.report(batch, update, audited, ())
     assert report is not None
     assert report.tokens == len(squares)
     assert report.leak_rms == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-4)
@@ -128,8 +138,8 @@ def test_audited_tokens_have_the_value_of_their_own_version_and_the_leak_is_the_
 
 
 def test_an_exact_route_leaves_nothing_and_its_snapshots_need_no_fetch(published: Published) -> None:
-    batch, exact, update, auditor = audit(published, spec(auditFraction=0.05), held=published.store)
-    report = auditor.report(batch, update, exact, ())
+    batch, audited, update, auditor = audit(published, spec(auditFraction=0.05), held=published.store)
+    report = auditor.report(batch, update, audited, ())
     assert report is not None
     assert report.tokens > 20
     assert report.leak_rms <= 1e-5
@@ -140,8 +150,8 @@ def test_a_version_that_is_gone_is_left_out(published: Published) -> None:
     def fetch(version: int) -> Path | None:
         return published.fetch(version) if version else None
 
-    batch, exact, update, auditor = audit(published, spec(oldLogprobs="Current", auditFraction=0.05), fetch=fetch)
-    report = auditor.report(batch, update, exact, ())
+    batch, audited, update, auditor = audit(published, spec(oldLogprobs="Current", auditFraction=0.05), fetch=fetch)
+    report = auditor.report(batch, update, audited, ())
     assert report is not None
     assert list(report.by_staleness) == ["1"]
 
@@ -149,8 +159,9 @@ def test_a_version_that_is_gone_is_left_out(published: Published) -> None:
 def test_between_audits_nothing_is_scored(published: Published) -> None:
     batch, _, update, auditor = audit(published, spec(oldLogprobs="Current", auditFraction=0.05))
     published.fetched.clear()
-    assert auditor.exact(batch, step=EVERY_STEPS + 1) == {}
-    assert auditor.report(batch, update, {}, ()) is None
+    nothing = auditor.score(batch, step=EVERY_STEPS + 1)
+    assert nothing == Audited({}, {})
+    assert auditor.report(batch, update, nothing, ()) is None
     assert published.fetched == []
 
 

@@ -148,12 +148,12 @@ def test_a_run_with_little_or_much_to_show_still_has_every_plot(tmp_path: Path, 
     assert (tmp_path / "report.html").stat().st_size < 1 << 20
 
 
-def with_record(root: Path, leaking: float) -> RunDirectory:
-    """Forty steps of eight trajectories with noise in log r_d that grows over training, and `leaking` a version more."""
+def with_record(root: Path, leaking: float, *, steps: int = 40) -> RunDirectory:
+    """Steps of eight trajectories with noise in log r_d that grows over training, and `leaking` a version more."""
     generator = np.random.default_rng(3)
-    directory = make_run(root, steps=40)
+    directory = make_run(root, steps=steps)
     (directory.record / "steps").mkdir(parents=True)
-    for step in range(1, 41):
+    for step in range(1, steps + 1):
         staleness = np.repeat(generator.integers(0, min(step, 4), (8, 1)), 20, axis=1)
         noise = generator.normal(0, 1e-3 * step, staleness.shape) * (1 + leaking * staleness)
         turn = np.tile(np.repeat([-1, 0], [2, 18]), (8, 1))
@@ -199,6 +199,13 @@ def test_staleness_in_the_discrepancy_is_told_from_noise_that_grows_over_trainin
     assert row(page, "Leak") == ["flat: clean", RISES]
 
 
+def test_a_record_in_which_a_leak_would_not_be_found_is_not_called_flat(tmp_path: Path) -> None:
+    page = written(
+        [with_record(tmp_path / "a", 0.0, steps=3), with_record(tmp_path / "b", 0.0)], tmp_path / "report.html"
+    )
+    assert row(page, "Leak") == ["too few tokens to say", "flat: clean"]
+
+
 def test_without_a_record_the_verdict_is_that_of_the_steps_own_reports(tmp_path: Path) -> None:
     directories = [
         write_run(
@@ -233,7 +240,13 @@ def test_sources_cost_and_audits_of_compared_runs_stand_side_by_side(tmp_path: P
     audit = AuditReport(
         tokens=30,
         by_staleness={
-            str(n): AuditBucket(tokens=10, leak=0.01 * abs(n - 1), approximate=0.02, exact=0.01, drift=0.01 * n)
+            str(n): AuditBucket(
+                tokens=10,
+                leak=0.01 * abs(n - 1),
+                approximate=0.02,
+                exact=0.01,
+                drift_by_lag={str(lag): 0.01 * lag for lag in range(1, n + 1)},
+            )
             for n in range(3)
         },
         version_weights=(1 / 3, 1 / 3, 1 / 3),
