@@ -37,11 +37,11 @@ def main() -> None:
         chain = _chain(_thinned(stream, WIDE_GROUPS), WIDE)
         ratio, steps = chain.over_base, len(stream.measured)
         detail = (
-            f"{chain.critical:.2f} s of CPU time a step: training {chain.training:.2f}, old log-probabilities "
-            f"{chain.old_logprobs:.3f}, snapshot {chain.upkeep:.3f}; {chain.overlapped:.2f} s ahead of it; exact "
+            f"CPU time of a step: training {chain.training:.2f} s, old log-probabilities {chain.old_logprobs * 1e3:.0f} ms, "
+            f"snapshot {chain.upkeep * 1e3:.0f} ms; ahead of it {chain.overlapped:.2f} s; exact "
             f"{chain.exact_fraction:.0%}. On the quickstart's model {small.over_base.text()}"
         )
-        spread = f"{steps} steps, 90 % bootstrap interval of the median"
+        spread = f"{steps} steps, 90 % bootstrap interval"
         Figure(name, ratio.value, ratio.low, ratio.high, spread, detail).print()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     replays.add_argument("--name", required=True, metavar="STREAM-MODEL", help="of the result, e.g. busy-wide")
     replays.add_argument("--steps", type=int, default=MEASURED_STEPS, help="measured steps, in the middle of the run")
     replays.add_argument("--wide", action="store_true", help="a larger random model in the place of the recorded one")
+    replays.add_argument("--ways", type=Way, choices=tuple(Way), nargs="+", default=tuple(Way), help="those to compare")
     keeping = commands.add_parser("record", help="keep a few steps in bench/recorded/")
     keeping.add_argument("run", type=Path, metavar="RUN")
     keeping.add_argument("name", help="of the file")
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     match arguments.command:
         case "replay":
-            _replay(arguments.record, arguments.name, arguments.steps, is_wide=arguments.wide)
+            _replay(arguments.record, arguments.name, arguments.steps, arguments.ways, is_wide=arguments.wide)
         case "record":
             save_stream(
                 read_record(arguments.run / "record", MEASURED_STEPS), RECORDED / f"{arguments.name}.safetensors"
@@ -57,13 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _replay(record: Path, name: str, count: int, *, is_wide: bool) -> None:
+def _replay(record: Path, name: str, count: int, ways: Sequence[Way], *, is_wide: bool) -> None:
     stream = read_record(record, count)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         model = random_model(WIDE, directory) if is_wide else recorded_model(record, stream.steps[0].version, directory)
         weights = load_file(model / "model.safetensors")
-        costs = replay(stream, model, tuple(Way))
+        costs = replay(stream, model, ways)
     tokens = [sum(row.num_tokens for row in stream.steps[index].trajectories) for index in stream.measured]
     save_replay(
         name,

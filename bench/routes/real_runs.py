@@ -37,7 +37,7 @@ class RealRun:
     spanning_share: float
     """Of the trajectories: of more than one version."""
     barrier: float | None
-    """Seconds in which all engines stand still for the trainer's sake; None without a barrier."""
+    """From the order to stop until all had handed over, with the engines standing still; None without a barrier."""
 
 
 def read_run(root: Path) -> RealRun:

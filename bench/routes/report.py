@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,13 +11,21 @@ from matplotlib.figure import Figure
 from bench.pages import DOCS, IMAGES, filled, save_figure, table
 from bench.routes.real_runs import RealRun
 from bench.routes.results import Document, load_replay, load_runs
-from bench.routes.summaries import BASE, Summary, summarised
+from bench.routes.summaries import BASE, Ratio, Summary, summarised
+from bench.routes.ways import Way
 from rljob.drawing import COLORS
 
 PAGE = DOCS / "results.md"
 FIGURE = IMAGES / "routes.svg"
-TITLES = {"busy": "trainer busy: nothing could be scored ahead", "waiting": "trainer waits for slow engines"}
-"""By stream; a replay is named STREAM-MODEL."""
+RUNS = {
+    "busy": "quickstart, bf16 engines: the trainer never waits",
+    "waiting": "slow engines, prefixes every 12 tokens",
+    "late": "slow engines, no prefixes",
+    "interruption": "as busy, route Interruption",
+}
+"""What the runs are, by the names of their folders; a replay is named RUN-MODEL."""
+TITLES = {"waiting": "trainer waits for slow engines", "busy": "trainer never waits"}
+"""Runs that all ways were replayed on."""
 PARTS = {"training": COLORS[0], "old_logprobs": COLORS[1], "upkeep": COLORS[6]}
 LABELS = {"training": "training", "old_logprobs": "old log-probabilities", "upkeep": "snapshot or average kept"}
 OVERLAPPED_COLOR = "#9ca3af"
@@ -35,7 +43,7 @@ def tables() -> dict[str, str]:
     return {
         **{stream: routes_table(*of_stream) for stream, of_stream in documents.items()},
         "machine": machine_line([document for of_stream in documents.values() for document in of_stream]),
-        "runs": runs_table(load_runs()),
+        "runs": runs_table(load_runs(), {run: _snapshot(f"{run}-wide") for run in ("busy", "waiting", "late")}),
     }
 
 
@@ -46,7 +54,9 @@ def routes_table(wide: Document, small: Document) -> str:
         [
             summary.way.value,
             summary.over_base.text(),
-            *(f"{seconds * 1e3:,.0f}" for seconds in (summary.old_logprobs, summary.upkeep, summary.training)),
+            f"{summary.old_logprobs * 1e3:,.0f}",
+            f"{summary.upkeep * 1e3:,.0f}",
+            f"{summary.own_training * 1e3:,.0f}",
             f"{summary.overlapped * 1e3:,.0f}",
             summary.compute_over_base.text(),
             f"{summary.held_bytes / wide.copy_bytes:.1f}",
@@ -70,13 +80,11 @@ def routes_table(wide: Document, small: Document) -> str:
     return table(head, rows)
 
 
-def runs_table(runs: Sequence[RealRun]) -> str:
-    """What the runs themselves say, in wall-clock seconds a step."""
+def runs_table(runs: Sequence[RealRun], chain: Mapping[str, Ratio]) -> str:
+    """What the runs themselves say, in wall-clock seconds a step, and the replayed chain's critical path."""
     rows = [
         [
-            run.name,
-            str(run.steps),
-            f"{run.total:.2f}",
+            RUNS[run.name],
             f"{run.mean_staleness:.1f}",
             f"{run.spanning_share:.0%}",
             f"{run.pooled_share:.0%}",
@@ -85,23 +93,30 @@ def runs_table(runs: Sequence[RealRun]) -> str:
             f"{run.scoring:.2f}",
             f"{run.training:.2f}",
             "–" if run.barrier is None else f"{run.barrier:.2f}",
+            f"{run.total:.2f}",
+            chain[run.name].text() if run.name in chain else "–",
         ]
         for run in runs
     ]
     head = (
         "run",
-        "steps",
-        "step",
         "staleness",
-        "of several versions",
+        "trajectories of several versions",
         "stale tokens scored ahead",
-        "waiting for a batch",
-        "scoring ahead meanwhile",
-        "scoring in the step",
-        "training",
-        "engines stopped at the barrier",
+        "waits for a batch, s",
+        "of it scoring ahead, s",
+        "scoring in the step, s",
+        "training, s",
+        "of it at the barrier, s",
+        "whole step, s",
+        "snapshot chain, replayed",
     )
     return table(head, rows)
+
+
+def _snapshot(name: str) -> Ratio:
+    """Of the chain as the run scored ahead, over *current*."""
+    return next(found.over_base for found in summarised(load_replay(name).costs) if found.way is Way.SNAPSHOT)
 
 
 def machine_line(documents: Sequence[Document]) -> str:
@@ -114,7 +129,7 @@ def machine_line(documents: Sequence[Document]) -> str:
     steps = sorted({len({cost.step for cost in document.costs}) for document in documents})
     return (
         f"{'; '.join(machines)}. {' to '.join(sorted({dates[0], dates[-1]}))}; models of {said} parameters, "
-        f"{tokens[0]:,} to {tokens[-1]:,} tokens a step, medians over {' or '.join(map(str, steps))} steps."
+        f"{tokens[0]:,} to {tokens[-1]:,} tokens a step, over {' or '.join(map(str, steps))} steps."
     )
 
 
@@ -126,6 +141,10 @@ def figure(documents: dict[str, Document], path: Path) -> None:
         for axes, (title, document) in zip(panels, documents.items(), strict=True):
             _bars(axes, summarised(document.costs))
             axes.set(title=title, xlabel="step's critical path over current")
+        # Shared axes: what is set on one panel holds on all of them.
+        summaries = [found for document in documents.values() for found in summarised(document.costs)]
+        panels[0].set_xlim(0, max(found.over_base.value for found in summaries) + 0.2)
+        panels[0].invert_yaxis()
         handles, labels = panels[0].get_legend_handles_labels()
         whole.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
@@ -133,7 +152,8 @@ def figure(documents: dict[str, Document], path: Path) -> None:
 
 
 def _bars(axes: Axes, summaries: Sequence[Summary]) -> None:
-    base = next(summary.critical for summary in summaries if summary.way is BASE)
+    of_base = next(summary for summary in summaries if summary.way is BASE)
+    base = of_base.old_logprobs + of_base.upkeep + of_base.training
     places = list(range(len(summaries)))
     left = [0.0] * len(summaries)
     for part, color in PARTS.items():
@@ -148,6 +168,4 @@ def _bars(axes: Axes, summaries: Sequence[Summary]) -> None:
         axes.text(end + 0.015, place - 0.12, f"{summary.over_base.value:.2f}", va="center", fontsize=8)
     axes.axvline(1.0, color="#374151", linewidth=0.8)
     axes.set_yticks(places, [summary.way.value for summary in summaries])
-    axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, max(1.65, *(end + 0.12 for end in left)))

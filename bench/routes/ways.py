@@ -48,7 +48,7 @@ class Way(StrEnum):
     SNAPSHOT_NONE = "snapshot, nothing ahead"
     SNAPSHOT_ALL = "snapshot, all ahead"
     DEDICATED = "dedicated"
-    INTERRUPTION = "interruption"
+    INTERRUPTION = "interruption, all at the barrier"
     EWMA = "ewma"
     LOG_LINEAR = "log-linear"
     ENGINE = "engine"
@@ -79,10 +79,6 @@ class Cost:
     held_bytes: int
     """For the way alone: old versions, the average, a second model."""
     exact_fraction: float
-
-    @property
-    def critical(self) -> float:
-        return self.old_logprobs + self.upkeep + self.training
 
 
 class Replay:
