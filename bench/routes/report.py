@@ -43,7 +43,7 @@ def tables() -> dict[str, str]:
     return {
         **{stream: routes_table(*of_stream) for stream, of_stream in documents.items()},
         "machine": machine_line([document for of_stream in documents.values() for document in of_stream]),
-        "runs": runs_table(load_runs(), {run: _snapshot(f"{run}-wide") for run in ("busy", "waiting", "late")}),
+        "runs": runs_table(load_runs(), {run: _snapshot(f"{run}-quickstart") for run in ("busy", "waiting", "late")}),
     }
 
 
@@ -109,7 +109,7 @@ def runs_table(runs: Sequence[RealRun], chain: Mapping[str, Ratio]) -> str:
         "training, s",
         "of it at the barrier, s",
         "whole step, s",
-        "snapshot chain, replayed",
+        "snapshot chain, quickstart's model",
     )
     return table(head, rows)
 

@@ -11,7 +11,7 @@ Shapes: T tokens of one trajectory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -120,11 +120,12 @@ class Replay:
             known_of=lambda row: self._known[key_of(row)],
         )
         barrier_seconds = 0.0
+        wanted = self._wanted(index) if self.way is Way.INTERRUPTION else []
 
         def behind_barrier() -> None:
             nonlocal barrier_seconds
             if self.way is Way.INTERRUPTION:
-                barrier_seconds = _seconds(lambda: self._score_wanted(index, at_once=True))
+                barrier_seconds = _seconds(lambda: self._score(step.version, wanted, at_once=True))
 
         started = time.process_time()
         old = self._resolve(batch)
@@ -188,29 +189,32 @@ class Replay:
                 self._known |= self._second.score(step.trajectories)
             return time.process_time() - started
         if is_whole and self.way in (Way.SNAPSHOT, Way.SNAPSHOT_ALL):
-            return _seconds(lambda: self._score_wanted(index, at_once=False))
+            wanted = self._wanted(index)
+            return _seconds(lambda: self._score(step.version, wanted, at_once=False))
         return 0.0
 
-    def _score_wanted(self, index: int, *, at_once: bool) -> None:
-        """Have the resident version score its tokens of later batches: in one round, or one micro-batch a round."""
+    def _wanted(self, index: int) -> list[tuple[Trajectory, NDArray[np.int64]]]:
+        """Later batches' rows with tokens of a step's version that the way scores ahead, and where these are."""
         version = self._stream.steps[index].version
-        rows, places = list[Trajectory](), list[NDArray[np.int64]]()
+        found = []
         for step in self._stream.steps[index + 1 :]:
             for row in step.trajectories:
-                of_row = np.flatnonzero(
-                    (row.weight_version == version) & (self._known[key_of(row)].source == Source.POOL)
-                )
-                if of_row.size:
-                    rows.append(row)
-                    places.append(of_row)
-        tokens = [row.tokens[: of_row[-1] + 1] for row, of_row in zip(rows, places, strict=True)]
+                is_wanted = (row.weight_version == version) & (self._known[key_of(row)].source == Source.POOL)
+                if is_wanted.any():
+                    found.append((row, np.flatnonzero(is_wanted)))
+        return found
+
+    def _score(self, version: int, wanted: Sequence[tuple[Trajectory, NDArray[np.int64]]], *, at_once: bool) -> None:
+        """Have the resident version score rows: in one round, or one micro-batch a round."""
+        tokens = [row.tokens[: places[-1] + 1] for row, places in wanted]
         lengths = [len(of_row) for of_row in tokens]
-        rounds = [list(range(len(rows)))] if at_once else micro_batches(lengths, self._settings.token_budget)
+        rounds = [list(range(len(wanted)))] if at_once else micro_batches(lengths, self._settings.token_budget)
         for members in rounds:
             chosen = ScoreRound(version, tuple(tokens[member] for member in members))
             values = score_round(self._policy, chosen, self._snapshots, self._settings, self._world, resident=version)
             for member, logprobs in zip(members, values, strict=True):
-                self._known[key_of(rows[member])].logprobs[places[member]] = logprobs[places[member]]
+                row, places = wanted[member]
+                self._known[key_of(row)].logprobs[places] = logprobs[places]
 
     def _placeholder(self, step: Step, row: Trajectory) -> Known:
         """Where the way's values come with the batch, the engine's own stand there first."""
