@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from bench.measure import Figure
 from bench.routes.replay import WIDE, random_model, replay
 from bench.routes.stream import RECORDED, Stream, load_stream
@@ -31,6 +33,7 @@ WIDE_STRIDE = 2
 
 def main() -> None:
     """Measure and print."""
+    torch.set_num_threads(1)
     for name, recorded in STREAMS.items():
         stream = load_stream(RECORDED / f"{recorded}.safetensors")
         small = _chain(stream, stream.spec.model.random)

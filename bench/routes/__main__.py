@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file
 
 from bench.routes.real_runs import read_run
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _replay(record: Path, name: str, count: int, ways: Sequence[Way], *, is_wide: bool) -> None:
+    torch.set_num_threads(1)
     stream = read_record(record, count)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from bench.routes.stream import Stream
@@ -25,7 +24,6 @@ WIDE = RandomModel(hidden_size=256, intermediate_size=704, layers=6, heads=4, he
 def replay(stream: Stream, model: Path, ways: Sequence[Way]) -> list[Cost]:
     """Costs of the measured steps. `model` is a model directory: all ways begin with its weights."""
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, distributed_world("cpu", timeout_seconds=600) as world:
         replays = [Replay(way, stream, model, world, Path(folder)) for way in ways]
         costs = []

@@ -20,7 +20,7 @@ from rljob_runtime.trajectory_codec import Trajectory
 
 SPEC = RLJobSpec.model_validate(
     {
-        "model": {"random": {}},
+        "model": {"random": {"layers": 1}},
         "environment": {"name": "digit-copy"},
         "training": {"steps": 9, "tasksPerStep": 2, "learningRate": 1e-3},
         "staleness": {"maxVersions": 2},
@@ -150,6 +150,7 @@ def test_the_page_holds_what_the_stored_replays_say() -> None:
     assert filled(page, "routes", report.tables()) == page
 
 
+@pytest.mark.timeout(240)
 def test_every_way_replays_a_stream_and_only_those_that_say_so_work_beside_the_critical_path(tmp_path: Path) -> None:
     recorded = stream()
     costs = replay(recorded, random_model(SPEC.model.random, tmp_path / "model"), tuple(Way))
