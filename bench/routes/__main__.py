@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def _replay(record: Path, name: str, count: int, ways: Sequence[Way], *, is_wide: bool) -> None:
     torch.set_num_threads(1)
     stream = read_record(record, count)
+    ways = [way for way in ways if way is not Way.SNAPSHOT or stream.knows_what_was_ahead]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         model = random_model(WIDE, directory) if is_wide else recorded_model(record, stream.steps[0].version, directory)
