@@ -54,8 +54,8 @@ verify: setup  ## fail when a generated file is behind the code
 	@cmp crds/rljob.yaml charts/rljob/files/rljob-crd.yaml \
 		|| { echo "verify: the chart's copy of the CRD is behind: run 'make generate' and commit it" >&2; exit 1; }
 
-bench: setup  ## measure what we claim about speed and memory; writes docs/benchmarks.md (about 8 minutes on 2 quiet cores)
-	@echo "bench: ratios within one run, on an otherwise quiet machine (about 8 minutes on 2 cores)"
+bench: setup  ## measure what we claim about speed and memory; writes docs/benchmarks.md (about 10 minutes on 2 quiet cores)
+	@echo "bench: ratios within one run, on an otherwise quiet machine (about 10 minutes on 2 cores)"
 	@$(BIN)/python -m bench
 
 cluster: setup  ## a real Kubernetes on this machine, as root (7 s; the first time it builds Kubernetes: about 15 minutes)

@@ -19,6 +19,7 @@ BENCHES = (
     "chunked_logprobs",
     "snapshots",
     "ewma_step",
+    "exact_critical_path",
     "diagnostics",
     "pause",
     "worker_throughput",
