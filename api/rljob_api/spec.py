@@ -342,7 +342,8 @@ class Eager(FrozenModel):
         ge=0,
         le=1 << 20,
         description=(
-            "Workers send what they have of an unfinished trajectory each time that many tokens are new; 0 is never."
+            "Workers send what they have of an unfinished trajectory each time that many tokens are new, and all of it when "
+            "the weights change; 0 is never."
         ),
     )
 

@@ -53,8 +53,10 @@ class PrefixSender:
 
     Produces: segment messages, each acknowledged by the stream.
     Consumes: partial rollouts, as they grow.
-    Waits for: `every_tokens` new model tokens in one of them. 0: it sends nothing by itself, only at a hand-over.
-    Unblocked by: growth; the server's acknowledgement, or its deadline. Generation never waits for it, and what waits to be
+    Waits for: `every_tokens` new model tokens in one of them, or a new version: no more comes of the one before, and what it
+    made should not have to wait for the end of its trajectory, when the step begins that trains it. With `every_tokens` 0 it
+    sends nothing by itself, only at a hand-over.
+    Unblocked by: growth; a new version; the server's acknowledgement, or its deadline. Generation never waits for it, and what waits to be
     sent is at most one entry an open trajectory: while the server is slow, messages get longer.
     """
 
@@ -92,6 +94,12 @@ class PrefixSender:
             partial.on_growth = None
             self._open.discard(followed)
             self._due.pop(followed, None)
+
+    def version_changed(self) -> None:
+        """The engine serves another version: whatever is unsent is due, however little it is."""
+        if self._every_tokens:
+            self._due |= dict.fromkeys(followed for followed in self._open if followed.unsent_model_tokens > 0)
+            self._is_due.set()
 
     async def run(self) -> None:
         """Send what is due, for ever."""

@@ -373,6 +373,8 @@ class RolloutWorker:
             self._serving_since = time.monotonic()
         self._message = ""
         self._samples.version_changed()
+        if is_new and self._prefixes is not None:
+            self._prefixes.version_changed()
         pauses = self._gate.pause_seconds
         self._logger.info(
             "version served" if is_new else "generation went on",

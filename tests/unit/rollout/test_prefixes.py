@@ -98,6 +98,29 @@ async def test_a_message_goes_out_whenever_enough_model_tokens_are_new_and_holds
         assert (rig.sender.last_sequence, rig.tally.segments_sent) == (2, 2)
 
 
+async def test_when_the_version_changes_all_that_is_unsent_goes_out_however_little() -> None:
+    async with running(100) as rig:
+        first, second, empty = rig.begin(0), rig.begin(1), rig.begin(2)
+        first.take(sampled(10, 3))
+        second.take(sampled(10, 1))
+        await until_idle()
+        assert rig.log.segments == []
+        rig.sender.version_changed()
+        await until_idle()
+        assert (rig.received(0), rig.received(1), rig.received(2)) == ([(0, 5)], [(0, 3)], [])
+        first.take(sampled(20, 1, version=1))
+        rig.sender.version_changed()
+        await until_idle()
+        assert (rig.received(0), rig.received(1)) == ([(0, 5), (5, 1)], [(0, 3)])
+        assert rig.is_whole(first) and rig.is_whole(second, 1) and len(empty) == 2
+    async with running(0) as rig:
+        partial = rig.begin()
+        partial.take(sampled(10, 3))
+        rig.sender.version_changed()
+        await until_idle()
+        assert rig.log.segments == [], "0: only at a hand-over"
+
+
 async def test_while_the_server_is_slow_generation_goes_on_and_messages_get_longer() -> None:
     async with running(2) as rig:
         gate = asyncio.Event()

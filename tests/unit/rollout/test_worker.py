@@ -60,6 +60,8 @@ async def test_a_new_version_interrupts_what_runs_and_every_trajectory_goes_on_u
     assert len(rig.last.pause_seconds) == 1
     start = rig.engine.events.index("load:1")
     assert rig.engine.events[start - 1 : start + 3] == ["pause", "load:1", "resume", "score"]
+    streamed = [v for s in rig.segments.segments for v in s.weight_version[s.turn >= 0].tolist()]
+    assert streamed.count(0) == 9, "what the old version made can be scored before its trajectories end"
 
 
 async def test_nothing_is_generated_between_the_shut_gate_and_the_passed_probe(rig: Rig) -> None:
