@@ -19,8 +19,8 @@ PAGE = DOCS / "results.md"
 FIGURE = IMAGES / "routes.svg"
 RUNS = {
     "busy": "quickstart, bf16 engines: the trainer never waits",
-    "waiting": "slow engines, prefixes every 12 tokens",
-    "late": "slow engines, no prefixes",
+    "waiting": "slow engines",
+    "late": "slow engines, prefixTokens 0",
     "interruption": "as busy, route Interruption",
 }
 """What the runs are, by the names of their folders; a replay is named RUN-MODEL."""

@@ -131,7 +131,7 @@ def test_killed_after_each_of_its_writes_it_makes_no_second_gang_and_counts_exac
     log = tmp_path / "operators.log"
     with local_operator.instead_of_the_chart(dev_cluster):
         play = _Play(dev_cluster, log)
-        job = Job.apply(team, quickstart("fragile", steps=120))
+        job = Job.apply(team, quickstart("fragile", steps=60))
         play.until(job, lambda status: status.get("checkpoint"))
         trainer = job.trainer_pod()
         job.kill(trainer, "rljob_runtime.trainer.main")
