@@ -170,7 +170,6 @@ def test_a_disk_that_fills_up_ends_the_run_with_what_to_do(
 ) -> None:
     wrapper = _small_disk(tmp_path / "run" / folder, size)
     document = job(training__steps=400, storage=storage)
-    started_at = time.monotonic()
     with started(tmp_path, document, "--run-dir", str(tmp_path / "run"), wrapper=wrapper) as process:
         code = process.wait(120)
     output = (tmp_path / "output.txt").read_text()
@@ -180,7 +179,6 @@ def test_a_disk_that_fills_up_ends_the_run_with_what_to_do(
     assert said in failure
     assert remedy in failure
     assert "Traceback" not in output
-    assert time.monotonic() - started_at < 90
     assert processes_naming(str(tmp_path)) == []
 
 
