@@ -9,7 +9,7 @@ writers that are no optimizer.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ class Stamp:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
+class Mark:
+    """Weights that a policy was seen to hold."""
+
     content: int
     parameters: tuple[nn.Parameter, ...]
     stamp: Stamp
@@ -43,7 +45,7 @@ class Residency:
     def __init__(self) -> None:
         self._is_watching = False
         self._steps = 0
-        self._mark: _Mark | None = None
+        self._mark: Mark | None = None
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Heed the steps of what trains the policy. Without it nothing is ever known."""
@@ -53,11 +55,16 @@ class Residency:
     def record(self, content: int, policy: PublishedParameters) -> None:
         """The policy's present weights have this number."""
         parameters = _parameters(policy)
-        self._mark = _Mark(content, parameters, self.stamp(policy), _sample(parameters))
+        self._mark = Mark(content, parameters, self.stamp(policy), _sample(parameters))
 
-    def forget(self) -> None:
-        """Nothing is known of the policy's weights."""
-        self._mark = None
+    def forget(self) -> Mark | None:
+        """Nothing is known of the policy's weights any more; what was."""
+        mark, self._mark = self._mark, None
+        return mark
+
+    def restore(self, mark: Mark, policy: PublishedParameters) -> None:
+        """The policy holds again, bit for bit, what it held when the mark was made."""
+        self._mark = replace(mark, stamp=self.stamp(policy))
 
     def content(self, policy: PublishedParameters) -> int | None:
         """The number of the weights that the policy holds; None if it cannot be told."""

@@ -207,7 +207,7 @@ class SnapshotStore:
         """
         policy = LookedUp.of(policy)
         resident = self._residency.content(policy)
-        self._residency.forget()
+        mark = self._residency.forget()
         place, inside, is_undisturbed = resident, self._residency.stamp(policy), True
         overwritten = Overwritten()
 
@@ -226,8 +226,8 @@ class SnapshotStore:
             is_undisturbed = is_undisturbed and inside == self._residency.stamp(policy)
             overwritten.restore()
             self._residency.forget()
-            if resident is not None and is_undisturbed:
-                self._residency.record(resident, policy)
+            if mark is not None and resident is not None and is_undisturbed:
+                self._residency.restore(mark, policy)
 
     def _switch(self, version: int, content: int | None, policy: PublishedParameters, to: Overwritten) -> None:
         resident = next((v for v, kept in self._chain.items() if kept.content == content), None)
