@@ -25,7 +25,7 @@ def filled(page: str, topic: str, tables: Mapping[str, str]) -> str:
     def block(match: re.Match[str]) -> str:
         name = match[1]
         if name not in tables:
-            raise LookupError(f"docs/results.md asks for the table {name!r}; there are {', '.join(tables)}")
+            raise LookupError(f"the page asks for the table {name!r}; there are {', '.join(tables)}")
         return f"<!-- {topic}:{name} -->\n{tables[name]}\n<!-- end -->"
 
     return re.sub(rf"<!-- {topic}:(\S+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.staleness.markdown import table
+from bench.pages import table
 from bench.staleness.proposition import table_4
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.pages import save_figure
 from bench.staleness.delays import DelayKind
 from bench.staleness.measures import Floats
 from bench.staleness.results import Run
 from bench.staleness.settings import ARMS, Arm
 from bench.staleness.summaries import chosen, curves, last_mean, leak, pooled_buckets, spread
 from bench.staleness.sweeps import CAPS, DECAYS
-from rljob.drawing import COLORS, STYLE
+from rljob.drawing import COLORS
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 ARM_COLORS: dict[Arm, str] = {**dict(zip(ARMS, COLORS, strict=False)), "engine": "#111827"}
 FRESH_COLOR = "#9ca3af"
 MIDDLE_PHASE = 1
@@ -39,7 +38,7 @@ def learning(fresh: Sequence[Run], runs: Sequence[Run], delay: DelayKind, path: 
         panels[0].set(ylabel="reward on fixed prompts", ylim=(0, 1.02))
         _legend_below(figure, panels[0])
 
-    _save(draw, path, 9.6, 3.4)
+    save_figure(draw, path, 9.6, 3.4)
 
 
 def behind_exact(runs: Sequence[Run], path: Path) -> None:
@@ -57,7 +56,7 @@ def behind_exact(runs: Sequence[Run], path: Path) -> None:
         panels[0].set(ylabel="reward less that of exact")
         _legend_below(figure, panels[0])
 
-    _save(draw, path, 9.6, 3.4)
+    save_figure(draw, path, 9.6, 3.4)
 
 
 def discrepancy(runs: Sequence[Run], cap: int, path: Path) -> None:
@@ -79,7 +78,7 @@ def discrepancy(runs: Sequence[Run], cap: int, path: Path) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-    _save(draw, path, 6.0, 3.0)
+    save_figure(draw, path, 6.0, 3.0)
 
 
 def decays(runs: Sequence[Run], bounds: Sequence[float], path: Path) -> None:
@@ -103,7 +102,7 @@ def decays(runs: Sequence[Run], bounds: Sequence[float], path: Path) -> None:
         right.set(title="reward, mean of the last 3 evaluations", xlabel="decay β", ylim=(0, 1.02))
         left.legend()
 
-    _save(draw, path, 7.6, 3.0)
+    save_figure(draw, path, 7.6, 3.0)
 
 
 def proposition(document: Any, path: Path) -> None:
@@ -132,7 +131,7 @@ def proposition(document: Any, path: Path) -> None:
         right.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=2)
 
-    _save(draw, path, 7.6, 3.6)
+    save_figure(draw, path, 7.6, 3.6)
 
 
 def _band(axes: Axes, steps: Floats, values: Floats, color: str, label: str, **style: Any) -> None:
@@ -144,12 +143,3 @@ def _band(axes: Axes, steps: Floats, values: Floats, color: str, label: str, **s
 def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7))
-
-
-def _save(draw: Callable[[Figure], None], path: Path, width: float, height: float) -> None:
-    """An SVG without a date, so that equal data make equal files."""
-    with mpl.rc_context({**STYLE, "svg.fonttype": "path", "svg.hashsalt": path.stem}):
-        figure = Figure(figsize=(width, height))
-        draw(figure)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, facecolor="white", dpi=110)

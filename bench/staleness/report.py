@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from bench.pages import DOCS, IMAGES, filled
 from bench.staleness import figures, sweeps
 from bench.staleness.document_tables import device_time_table, proposition_table, table_4_table
-from bench.staleness.markdown import filled
 from bench.staleness.results import load, load_document
 from bench.staleness.run_tables import (
     calibration_table,
@@ -21,14 +19,14 @@ from bench.staleness.run_tables import (
 )
 from bench.staleness.summaries import chosen
 
-PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+PAGE = DOCS / "results.md"
 LARGEST_CAP = sweeps.CAPS[-1]
 
 
 def write() -> None:
     """Make everything anew from bench/staleness/results/."""
-    PAGE.write_text(filled(PAGE.read_text(), tables()))
-    bound, images, variable, small = sweeps.calibrated_bound(), figures.IMAGES, load("variable"), load("small_drift")
+    PAGE.write_text(filled(PAGE.read_text(), "staleness", tables()))
+    bound, images, variable, small = sweeps.calibrated_bound(), IMAGES, load("variable"), load("small_drift")
     fresh = chosen(variable, cap=0)
     figures.learning(fresh, variable, "variable", images / "staleness-variable.svg")
     figures.learning(fresh, load("fixed"), "fixed", images / "staleness-fixed.svg")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from bench.pages import table
 from bench.staleness import figures, sweeps
-from bench.staleness.markdown import table
 from bench.staleness.results import Run
 from bench.staleness.settings import ARMS
 from bench.staleness.summaries import (

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.staleness import markdown, proposition, report, summaries, sweeps, task
+from bench.pages import filled
+from bench.staleness import proposition, report, summaries, sweeps, task
 from bench.staleness.delays import Delay
 from bench.staleness.device_time import ideal_table, in_step_seconds, queued_seconds
 from bench.staleness.learner import Batch, Learner
@@ -323,14 +324,7 @@ def test_early_is_the_first_half_of_the_evaluations() -> None:
     assert summaries.early_mean(Run(SMALL, {"reward": [0.1, 0.3, 0.8, 0.9]})) == pytest.approx(0.2)
 
 
-def test_tables_replace_what_stands_between_their_markers() -> None:
-    page = "before\n<!-- staleness:one -->\nold\n<!-- end -->\nafter\n"
-    assert markdown.filled(page, {"one": "new"}) == "before\n<!-- staleness:one -->\nnew\n<!-- end -->\nafter\n"
-    with pytest.raises(LookupError, match="asks for the table 'one'"):
-        markdown.filled(page, {"two": "new"})
-
-
 def test_the_tables_on_the_page_are_those_of_the_stored_runs() -> None:
     page = report.PAGE.read_text()
-    assert markdown.filled(page, report.tables()) == page
+    assert filled(page, "staleness", report.tables()) == page
     assert "<!-- staleness:variable-8 -->" in page
