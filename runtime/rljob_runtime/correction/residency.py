@@ -57,23 +57,22 @@ class Residency:
         parameters = _parameters(policy)
         self._mark = Mark(content, parameters, self.stamp(policy), _sample(parameters))
 
-    def forget(self) -> Mark | None:
-        """Nothing is known of the policy's weights any more; what was."""
-        mark, self._mark = self._mark, None
-        return mark
+    def forget(self) -> None:
+        """Nothing is known of the policy's weights."""
+        self._mark = None
 
     def restore(self, mark: Mark, policy: PublishedParameters) -> None:
         """The policy holds again, bit for bit, what it held when the mark was made."""
         self._mark = replace(mark, stamp=self.stamp(policy))
 
-    def content(self, policy: PublishedParameters) -> int | None:
-        """The number of the weights that the policy holds; None if it cannot be told."""
+    def mark(self, policy: PublishedParameters) -> Mark | None:
+        """What the policy was recorded to hold and holds still; None if it cannot be told."""
         mark = self._mark
         if mark is None or not self._is_watching or mark.stamp != self.stamp(policy):
             return None
         parameters = _parameters(policy)
         is_same = all(one is other for one, other in zip(parameters, mark.parameters, strict=True))
-        return mark.content if is_same and torch.equal(_sample(parameters), mark.sample) else None
+        return mark if is_same and torch.equal(_sample(parameters), mark.sample) else None
 
     def stamp(self, policy: PublishedParameters) -> Stamp:
         """Optimizer steps begun so far, and the parameters' counters of writes."""

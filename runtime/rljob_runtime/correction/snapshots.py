@@ -204,11 +204,15 @@ class SnapshotStore:
         """As `held`, for several versions: each call of what it gives makes the policy hold that version.
 
         Newest first is cheap: from one version to an older one only what differs between the two is written.
+
+        Raises:
+            KeyError: by a call, whose version is not held here; the policy then holds what it held.
         """
         policy = LookedUp.of(policy)
-        resident = self._residency.content(policy)
-        mark = self._residency.forget()
-        place, inside, is_undisturbed = resident, self._residency.stamp(policy), True
+        resident = self._residency.mark(policy)
+        self._residency.forget()
+        place = None if resident is None else resident.content
+        inside, is_undisturbed = self._residency.stamp(policy), True
         overwritten = Overwritten()
 
         def visit(version: int) -> None:
@@ -226,8 +230,8 @@ class SnapshotStore:
             is_undisturbed = is_undisturbed and inside == self._residency.stamp(policy)
             overwritten.restore()
             self._residency.forget()
-            if mark is not None and resident is not None and is_undisturbed:
-                self._residency.restore(mark, policy)
+            if resident is not None and is_undisturbed:
+                self._residency.restore(resident, policy)
 
     def _switch(self, version: int, content: int | None, policy: PublishedParameters, to: Overwritten) -> None:
         resident = next((v for v, kept in self._chain.items() if kept.content == content), None)

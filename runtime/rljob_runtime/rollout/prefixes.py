@@ -53,11 +53,10 @@ class PrefixSender:
 
     Produces: segment messages, each acknowledged by the stream.
     Consumes: partial rollouts, as they grow.
-    Waits for: `every_tokens` new model tokens in one of them, or a new version: no more comes of the one before, and what it
-    made should not have to wait for the end of its trajectory, when the step begins that trains it. With `every_tokens` 0 it
-    sends nothing by itself, only at a hand-over.
-    Unblocked by: growth; a new version; the server's acknowledgement, or its deadline. Generation never waits for it, and what waits to be
-    sent is at most one entry an open trajectory: while the server is slow, messages get longer.
+    Waits for: `every_tokens` new model tokens in one of them, or a new version: no more of the old one's will come, and at the
+    end of its trajectory it may be too late to score them ahead. With 0 it sends nothing by itself, only at a hand-over.
+    Unblocked by: growth; a new version; the server's acknowledgement, or its deadline. Generation never waits for it, and what
+    waits to be sent is at most one entry an open trajectory: while the server is slow, messages get longer.
     """
 
     def __init__(self, log: SegmentLog, tally: Tally, *, worker: str, incarnation: str, every_tokens: int) -> None:

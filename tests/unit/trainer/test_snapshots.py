@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rljob_api.errors import StorageError, StorageFull
 from rljob_runtime.correction.published import PublishedParameters
-from rljob_runtime.correction.residency import Residency
+from rljob_runtime.correction.residency import Mark, Residency
 from rljob_runtime.correction.reverse_delta import BLOCK
 from rljob_runtime.correction.snapshots import SnapshotStore
 
@@ -173,8 +173,8 @@ class BlindToSteps(SnapshotStore):
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         class Blind(Residency):
-            def content(self, policy: PublishedParameters) -> int | None:
-                return None if self._mark is None else self._mark.content
+            def mark(self, policy: PublishedParameters) -> Mark | None:
+                return self._mark
 
         self._residency = Blind()
 
