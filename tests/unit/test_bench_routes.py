@@ -13,8 +13,8 @@ from bench.routes.results import load_replay, save_replay
 from bench.routes.stream import RECORDED, Stream, load_stream, made_step, save_stream
 from bench.routes.summaries import paired_ratio, summarised
 from bench.routes.ways import Cost, Way, key_of
+from tests.fakes.trajectories import finished
 
-from rljob_api.messages import Outcome, TrajectoryHeader
 from rljob_api.spec import RLJobSpec
 from rljob_runtime.trajectory_codec import Trajectory
 
@@ -30,17 +30,7 @@ SPEC = RLJobSpec.model_validate(
 
 
 def trajectory(task: int, sample: int, version: int) -> Trajectory:
-    header = TrajectoryHeader(
-        task=task,
-        sample=sample,
-        attempt=1,
-        epoch=1,
-        worker="w",
-        incarnation="i",
-        outcome=Outcome.FINISHED,
-        turn_rewards=(0.25, 1.0)[: sample + 1],
-        reward=0.5,
-    )
+    header = finished(task, sample, turn_rewards=(0.25, 1.0)[: sample + 1], reward=0.5)
     turn = np.array([-1, 0, 0, -1, 1], np.int32)
     return Trajectory(
         header,

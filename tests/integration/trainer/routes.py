@@ -16,11 +16,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tests.fakes.trajectories import finished
 from tests.integration.trainer.toy import TRAINING, local_state, make_batch, make_policy, same_bits, settings
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
-from rljob_api.messages import Outcome, ScoreHeader, SegmentHeader, TrajectoryHeader
+from rljob_api.messages import ScoreHeader, SegmentHeader
 from rljob_api.spec import ComputeType, OldLogprobs
 from rljob_runtime.correction.score_pool import ScorePool, Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore
@@ -88,15 +89,7 @@ def segment(row: TrainRow, end: int) -> OpenSegment:
 
 
 def trajectory(row: TrainRow) -> Trajectory:
-    header = TrajectoryHeader(
-        task=row.task,
-        sample=row.sample,
-        attempt=1,
-        epoch=1,
-        worker="w",
-        incarnation="i",
-        outcome=Outcome.FINISHED,
-    )
+    header = finished(row.task, row.sample)
     return Trajectory(header, *_arrays(row, row.num_tokens))
 
 

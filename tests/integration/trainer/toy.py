@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tests.fakes.trajectories import finished
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rljob_api.messages import Outcome, TrajectoryHeader
 from rljob_api.spec import Advantage, ComputeType, Fallback, OldLogprobs, Training
 from rljob_runtime.trainer.batch import TrainBatch, build_batch
 from rljob_runtime.trainer.distributed import World
@@ -94,16 +94,7 @@ def make_batch(
             stale = np.sort(random.integers(0, max_staleness + 1, len(turn)))[::-1]
             versions = np.where(turn >= 0, np.maximum(version - stale, 0), -1).astype(np.int32)
             logprobs = np.where(turn >= 0, -random.uniform(2.4, 4.0, len(turn)), 0).astype(np.float32)
-            header = TrajectoryHeader(
-                task=task,
-                sample=sample,
-                attempt=1,
-                epoch=1,
-                worker="w",
-                incarnation="i",
-                outcome=Outcome.FINISHED,
-                reward=float(random.uniform()),
-            )
+            header = finished(task, sample, reward=float(random.uniform()))
             tokens = random.integers(2, VOCAB, len(turn)).astype(np.int32)
             group.append(Trajectory(header, tokens, turn, versions, logprobs))
         made.append(group)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.fakes.trajectories import finished
 
 from rljob_api.errors import MalformedMessage
-from rljob_api.messages import Outcome, TrajectoryHeader
 from rljob_api.spec import Advantage, AdvantageEstimator, Credit
 from rljob_runtime.trainer.advantages import group_advantages, token_advantages
 from rljob_runtime.trajectory_codec import Trajectory
@@ -22,17 +22,7 @@ def settings(estimator: str = "GRPO", *, normalize: bool = False, credit: str = 
 
 def trajectory(turns: list[int], turn_rewards: list[float], reward: float = 0.0) -> Trajectory:
     turn = np.array(turns, np.int32)
-    header = TrajectoryHeader(
-        task=4,
-        sample=2,
-        attempt=1,
-        epoch=1,
-        worker="w",
-        incarnation="i",
-        outcome=Outcome.FINISHED,
-        turn_rewards=tuple(turn_rewards),
-        reward=reward,
-    )
+    header = finished(4, 2, turn_rewards=tuple(turn_rewards), reward=reward)
     zeros = np.zeros(len(turns), np.int32)
     return Trajectory(header, zeros, turn, np.where(turn >= 0, 0, -1).astype(np.int32), zeros.astype(np.float32))
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tests.fakes.trajectories import finished
 
 from rljob_api.errors import MalformedMessage
-from rljob_api.messages import Outcome, TrajectoryHeader
 from rljob_api.spec import Advantage
 from rljob_runtime.trainer.batch import TrainBatch, TrainRow, build_batch
 from rljob_runtime.trajectory_codec import Trajectory
@@ -16,16 +16,7 @@ from rljob_runtime.trajectory_codec import Trajectory
 
 def trajectory(task: int, sample: int, versions: list[int]) -> Trajectory:
     version = np.array(versions, np.int32)
-    header = TrajectoryHeader(
-        task=task,
-        sample=sample,
-        attempt=1,
-        epoch=1,
-        worker="w",
-        incarnation="i",
-        outcome=Outcome.FINISHED,
-        reward=float(sample),
-    )
+    header = finished(task, sample, reward=float(sample))
     return Trajectory(
         header,
         np.arange(len(versions), dtype=np.int32),

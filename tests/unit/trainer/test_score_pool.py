@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.trajectories import finished
 
-from rljob_api.messages import Outcome, ScoreHeader, SegmentHeader, TrajectoryHeader
+from rljob_api.messages import ScoreHeader, SegmentHeader
 from rljob_runtime.correction.score_pool import TOKEN_BYTES, Discard, ScorePool, Wanted
 from rljob_runtime.correction.sources import Source
 from rljob_runtime.score_codec import Scores
@@ -37,15 +38,7 @@ class Attempt:
         return OpenSegment(header, *self._arrays(start, end))
 
     def trajectory(self, end: int | None = None) -> Trajectory:
-        header = TrajectoryHeader(
-            task=self.key[0],
-            sample=self.key[1],
-            attempt=self.number,
-            epoch=1,
-            worker="w",
-            incarnation="i",
-            outcome=Outcome.FINISHED,
-        )
+        header = finished(self.key[0], self.key[1], attempt=self.number)
         return Trajectory(header, *self._arrays(0, len(self.tokens) if end is None else end))
 
     def scores(self, sequence: int, positions: Sequence[int], worker: str = "o") -> Scores:
