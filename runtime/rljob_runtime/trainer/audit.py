@@ -1,8 +1,9 @@
 """The audit: a small share of the trained tokens, scored again by the published versions that sampled them.
 
-It says how far the values that the loss used are from the exact ones, whatever their source, and by scoring the tokens
-with the versions since then, too, how far the policy moves from version to version. One that the trainer does not hold comes from the blob store, so the audit needs no snapshots; to load few of them, it is made every
-`EVERY_STEPS` steps, for as many more trajectories.
+It says how far the values that the loss used are from the exact ones, whatever their source, and by scoring the tokens with
+the versions since then, too, how far the policy moves from version to version: a forward for each version of staleness. One
+that the trainer does not hold comes from the blob store, so the audit needs no snapshots; to load few of them, it is made
+every `EVERY_STEPS` steps, for as many more trajectories.
 """
 
 from __future__ import annotations
