@@ -86,7 +86,7 @@ def started(
                     process.wait(10)
 
 
-def run(directory: Path, document: dict[str, Any], *arguments: str, timeout: float = 150) -> tuple[int, str]:
+def run(directory: Path, document: dict[str, Any], *arguments: str, timeout: float = 240) -> tuple[int, str]:
     """(exit code, output) of a whole run."""
     with started(directory, document, *arguments) as process:
         code = process.wait(timeout)
@@ -123,7 +123,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def wait_for_steps(run_directory: Path, steps: int, timeout: float = 90) -> None:
+def wait_for_steps(run_directory: Path, steps: int, timeout: float = 150) -> None:
     """Until the run's steps.jsonl has that many lines."""
     deadline = time.monotonic() + timeout
     path = run_directory / "steps.jsonl"

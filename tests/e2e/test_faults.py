@@ -27,7 +27,7 @@ from rljob_api.trajectory import HEADER_KEY
 from rljob_protocol.server import free_port
 from tests.e2e.running import children_of, job, processes_naming, started, summary, wait_for_steps
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
 OUTAGE_SECONDS = 20.0
 SHARED_DIRECTORY = {"weights": {"persistentVolumeClaim": {"claimName": "weights"}}, "checkpoint": {"everySteps": 10}}

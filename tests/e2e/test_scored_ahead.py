@@ -10,7 +10,7 @@ from rljob.run_directory import RunDirectory
 from tests.e2e.running import job, processes_naming, run, summary
 from tests.e2e.test_simulated_run import largest_log_discrepancy, verify
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -229,9 +229,9 @@ async def test_every_call_ends_at_its_deadline_when_the_server_is_away(
     for name, outcome in zip(calls, outcomes, strict=True):
         assert isinstance(outcome, DeadlineExceeded), (name, outcome)
         assert re.search("NATS did not (answer|take it) within 1 s", str(outcome)), outcome
-    assert took < 3
+    assert took < 8
     # Where an outage is no error, the call ends all the same.
-    async with asyncio.timeout(4):
+    async with asyncio.timeout(10):
         assert await queue.claim(1, 0.5) == []
         await link.hint(NAMES.desired_hint)
 
@@ -244,7 +244,7 @@ async def test_connecting_to_a_server_that_is_away_ends_with_what_to_check(
     started = time.monotonic()
     with pytest.raises(MessagingUnavailable, match=r"no NATS server answered at .* within 1 s: check messaging\.url"):
         await Link.connect(NAMES, server.url, client_name="test", deadline_seconds=1)
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 15
 
 
 async def test_a_full_disk_of_the_server_is_told_from_an_outage(link: Link) -> None:
@@ -274,7 +274,7 @@ async def test_refused_credentials_are_named_at_once(tmp_path: Path) -> None:
             MessagingUnavailable, match=r"refuses these credentials: check messaging\.credentialsSecretRef"
         ):
             await Link.connect(NAMES, f"nats://127.0.0.1:{port}", client_name="test", deadline_seconds=20)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 15
     finally:
         process.kill()
         await process.wait()

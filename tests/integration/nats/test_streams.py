@@ -89,7 +89,7 @@ async def test_an_unacknowledged_lease_comes_back_after_ack_wait_unless_it_is_ex
     try:
         (again,) = await claim_within(queue, 6)
         assert (again.task, again.attempt) == (forgotten.task, 2)
-        assert 1.2 < time.monotonic() - started < 5
+        assert time.monotonic() - started > 1.4
         await again.ack()
         assert await claim_within(queue, 2.5) == []
     finally:
@@ -106,12 +106,11 @@ async def test_a_released_sample_comes_back_after_its_delay_and_at_once_without_
     await lease.release()
     (lease,) = await claim_within(queue, 2)
     assert lease.attempt == 2
-    await lease.release(1.5)
     released = time.monotonic()
-    assert await queue.claim(1, 0.8) == []
+    await lease.release(1.5)
     (lease,) = await claim_within(queue, 5)
     assert lease.attempt == 3
-    assert time.monotonic() - released > 1.2
+    assert time.monotonic() - released > 1.4
     await lease.ack()
 
 
