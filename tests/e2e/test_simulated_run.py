@@ -41,7 +41,11 @@ def largest_log_discrepancy(run_directory: Path) -> dict[int, float]:
 
 
 def test_a_job_trains_forty_versions_and_every_claim_about_it_verifies(tmp_path: Path) -> None:
-    code, output = run(tmp_path, job(), "--run-dir", str(tmp_path / "run"))
+    document = job()
+    # However slow the trainer, a version comes in the middle of some trajectory here.
+    slow = {"name": "slow", "maxConcurrentTrajectories": 2, "engine": {"simulated": {"decodeSeconds": 0.15}}}
+    document["spec"]["rolloutPools"].append(slow)
+    code, output = run(tmp_path, document, "--run-dir", str(tmp_path / "run"))
     assert code == 0, output
     assert "SIMULATED" in output
     seen = summary(tmp_path / "run")
