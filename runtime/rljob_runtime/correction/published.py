@@ -22,10 +22,15 @@ class LookedUp:
     """A policy's parameters, found once: to go through all modules again takes milliseconds."""
 
     named: tuple[tuple[str, nn.Parameter], ...]
+    masters: tuple[Tensor, ...]
+    """This rank's part of each, flat, sharing its memory."""
 
     @classmethod
     def of(cls, policy: PublishedParameters) -> LookedUp:
-        return cls(tuple(policy.published_parameters()))
+        if isinstance(policy, cls):
+            return policy
+        named = tuple(policy.published_parameters())
+        return cls(named, tuple(local_shard(parameter).view(-1) for _, parameter in named))
 
     def published_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.named

@@ -8,14 +8,13 @@ writers that are no optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rljob_runtime.correction.published import PublishedParameters, local_shard
+from rljob_runtime.correction.published import LookedUp, PublishedParameters
 
 SAMPLES = 32
 """Elements of each tensor that are looked at, at least: an optimizer step or an average of weights moves them all."""
@@ -54,8 +53,8 @@ class Residency:
 
     def record(self, content: int, policy: PublishedParameters) -> None:
         """The policy's present weights have this number."""
-        parameters = _parameters(policy)
-        self._mark = Mark(content, parameters, self.stamp(policy), _sample(parameters))
+        policy = LookedUp.of(policy)
+        self._mark = Mark(content, _parameters(policy), self.stamp(policy), _sample(policy))
 
     def forget(self) -> None:
         """Nothing is known of the policy's weights."""
@@ -67,12 +66,11 @@ class Residency:
 
     def mark(self, policy: PublishedParameters) -> Mark | None:
         """What the policy was recorded to hold and holds still; None if it cannot be told."""
-        mark = self._mark
+        mark, policy = self._mark, LookedUp.of(policy)
         if mark is None or not self._is_watching or mark.stamp != self.stamp(policy):
             return None
-        parameters = _parameters(policy)
-        is_same = all(one is other for one, other in zip(parameters, mark.parameters, strict=True))
-        return mark if is_same and torch.equal(_sample(parameters), mark.sample) else None
+        is_same = all(one is other for one, other in zip(_parameters(policy), mark.parameters, strict=True))
+        return mark if is_same and torch.equal(_sample(policy), mark.sample) else None
 
     def stamp(self, policy: PublishedParameters) -> Stamp:
         """Optimizer steps begun so far, and the parameters' counters of writes."""
@@ -87,10 +85,6 @@ def _parameters(policy: PublishedParameters) -> tuple[nn.Parameter, ...]:
     return tuple(parameter for _, parameter in policy.published_parameters())
 
 
-def _sample(parameters: Iterable[nn.Parameter]) -> Tensor:
+def _sample(policy: LookedUp) -> Tensor:
     """Bits of evenly spaced masters of each tensor, as bytes."""
-    parts = []
-    for parameter in parameters:
-        flat = local_shard(parameter).view(-1)
-        parts.append(flat[:: max(1, flat.numel() // SAMPLES)].contiguous().view(torch.uint8))
-    return torch.cat(parts)
+    return torch.cat([flat[:: max(1, flat.numel() // SAMPLES)] for flat in policy.masters]).view(torch.uint8)

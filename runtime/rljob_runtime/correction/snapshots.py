@@ -233,25 +233,21 @@ class SnapshotStore:
             if resident is not None and is_undisturbed:
                 self._residency.restore(resident, policy)
 
-    def _switch(self, version: int, content: int | None, policy: PublishedParameters, to: Overwritten) -> None:
+    def _switch(self, version: int, content: int | None, policy: LookedUp, to: Overwritten) -> None:
         resident = next((v for v, kept in self._chain.items() if kept.content == content), None)
-        for name, parameter in policy.published_parameters():
-            masters = local_shard(parameter).view(-1)
-            way_back = self._way_back(version, resident, name)
-            if way_back is None:
+        way_back = self._way_back(version, resident)
+        for (name, _), masters in zip(policy.named, policy.masters, strict=True):
+            deltas = None if way_back is None else [tensors[name] for tensors in way_back]
+            if deltas is None or any(delta.layout is Layout.WHOLE for delta in deltas):
                 to.switch(masters, _bits(self._chain, version, name), self._compute_dtype)
-                continue
-            for delta in way_back:
-                if delta.changed:
-                    to.write(masters, delta.indices(), delta.values, self._compute_dtype)
+            elif changes := [delta for delta in deltas if delta.changed]:
+                to.write(masters, changes, self._compute_dtype)
 
-    def _way_back(self, version: int, resident: int | None, name: str) -> list[ReverseDelta] | None:
+    def _way_back(self, version: int, resident: int | None) -> list[Mapping[str, ReverseDelta]] | None:
         """Deltas that lead from the resident version to an older one; None where elements must be compared."""
-        if resident not in self._chain or resident < version:
+        if resident is None or resident < version:
             return None
-        passed = [v for v in reversed(self.versions) if version <= v < resident]
-        deltas = [self._chain[v].tensors[name] for v in passed]
-        return None if any(delta.layout is Layout.WHOLE for delta in deltas) else deltas
+        return [self._chain[v].tensors for v in reversed(self.versions) if version <= v < resident]
 
     def _insert(self, version: int, shards: Mapping[str, Bits]) -> None:
         chain = _without(self._chain, version) if version in self._chain else self._chain

@@ -6,12 +6,13 @@ as they are. What was there goes to the host, as a device that the masters fill 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from rljob_runtime.correction.reverse_delta import Bits
+from rljob_runtime.correction.reverse_delta import Bits, ReverseDelta
 
 _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -43,12 +44,18 @@ class Overwritten:
             masters.copy_(target)
         elif changed:
             indices = differs.nonzero().view(-1)
-            self._put(masters, indices, indices.cpu(), target[indices])
+            self._stash.append((masters, indices.cpu(), masters.index_select(0, indices).cpu()))
+            _put(masters, indices, target[indices])
 
-    def write(self, masters: Tensor, indices: NDArray[np.int64], bits: Bits, dtype: torch.dtype) -> None:
-        """Overwrite the masters at these indices [n] with these bits [n]."""
-        on_host = torch.from_numpy(indices)
-        self._put(masters, on_host.to(masters.device), on_host, tensor_of(bits, dtype).to(masters.device))
+    def write(self, masters: Tensor, deltas: Sequence[ReverseDelta], dtype: torch.dtype) -> None:
+        """Overwrite the masters by these deltas, none of them whole, one after the other."""
+        found = [delta.indices() for delta in deltas]
+        on_host = torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found))
+        indices = on_host.to(masters.device)
+        # An element that is in several deltas is stashed as often, each time as it was before all of them.
+        self._stash.append((masters, on_host, masters.index_select(0, indices).cpu()))
+        for part, delta in zip(torch.split(indices, [len(places) for places in found]), deltas, strict=True):
+            _put(masters, part, tensor_of(delta.values, dtype).to(masters.device))
 
     def restore(self) -> None:
         """Put all masters back, the last overwritten first."""
@@ -59,9 +66,9 @@ class Overwritten:
             else:
                 masters.scatter_(0, indices.to(masters.device), before.to(masters.device))
 
-    def _put(self, masters: Tensor, indices: Tensor, on_host: Tensor, values: Tensor) -> None:
-        self._stash.append((masters, on_host, masters.index_select(0, indices).cpu()))
-        masters.scatter_(0, indices, values.to(masters.dtype))  # four times as fast on a CPU as index_copy_
+
+def _put(masters: Tensor, indices: Tensor, values: Tensor) -> None:
+    masters.scatter_(0, indices, values.to(masters.dtype))  # four times as fast on a CPU as index_copy_
 
 
 def bits_of(tensor: Tensor) -> Bits:
