@@ -7,6 +7,9 @@ numbers that round to its bf16 value, where training has masters: on the bf16 gr
 A switch goes to the version four updates back, or one, and returns, by the deltas, between an update and the next. A reload copies
 all masters away, reads a version's published file, copies its weights in, and the masters back. The visits go to the
 versions one, two, three and four updates back and then return; the reloads beside them read four files. All in turn.
+
+What bounds a switch from below is the share of the masters' cache lines that it writes: changed elements lie scattered, so
+that a line of 16 masters is fetched, written and written back for one of them, twice. It is given beside the times.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,6 +36,8 @@ from rljob_runtime.trainer.optimizer import apply_gradients, build_optimizer
 VERSIONS, RATE = 5, 1e-6
 ROWS, TOKENS = 2, 64
 ROUNDS = 9
+LINE = 64 // 4
+"""fp32 masters of a cache line."""
 CONVERT = Path(__file__).parents[1] / "tools" / "convert_smollm2.py"
 
 
@@ -49,19 +55,21 @@ def main() -> None:
         store.watch(optimizer)
         save_file(full_state(policy), published)
         store.save(0, policy)
+        weights_VN = [_rounded(policy)]
         for version in range(1, VERSIONS):
             _update(policy, optimizer)
             store.save(version, policy)
+            weights_VN.append(_rounded(policy))
         value, low, high = repeated([store.copies])
         detail = (
             f"{store.num_bytes / 1e6:,.1f} over {store.num_bytes / store.copies / 1e6:,.1f} MB, "
             f"{store.density:.2%} of elements differ from one version to the next"
         )
         Figure("snapshot_bytes", value, low, high, "exact for its seed", detail).print()
-        _print_switch(store, policy, published)
+        _print_switch(store, policy, published, [_lines_written(weights_VN[-back:]) for back in (2, VERSIONS)])
 
 
-def _print_switch(store: SnapshotStore, policy: Policy, published: Path) -> None:
+def _print_switch(store: SnapshotStore, policy: Policy, published: Path, lines: list[float]) -> None:
     compared = SnapshotStore(torch.bfloat16)  # without an optimizer to watch: each element is compared
     compared.load_full(0, policy, published)
     older = tuple(reversed(range(VERSIONS - 1)))
@@ -91,12 +99,13 @@ def _print_switch(store: SnapshotStore, policy: Policy, published: Path) -> None
             seconds[name].append(time.perf_counter() - started)
     middle = {name: f"{_median(of_way) * 1e3:.0f}" for name, of_way in seconds.items()}
     spread = f"{ROUNDS} rounds, 90 % bootstrap interval"
+    one_back, all_back = (f", which writes to {share:.0%} of the masters' cache lines" for share in lines)
     compares = (
-        f"; {middle['compared']} ms where all elements are compared because the weights may not be what was saved last"
+        f"; {middle['compared']} ms where all elements are compared as the weights may not be what was saved last"
     )
     for figure, one, other, more in (
-        ("snapshot_switch", "four", "reload", compares),
-        ("snapshot_switch_by_one", "one", "reload", ""),
+        ("snapshot_switch", "four", "reload", all_back + compares),
+        ("snapshot_switch_by_one", "one", "reload", one_back),
         ("snapshot_visits", "visits", "reloads", f" for {len(older)} versions"),
     ):
         ratio = bootstrap_ratio(seconds[one], seconds[other], _median)
@@ -116,6 +125,17 @@ def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     loss = -policy(tokens_BT, temperature=1.0, with_entropy=False).logprobs_BT[:, 1:].mean()
     loss.backward()
     apply_gradients(policy, optimizer, rate=RATE, clip=1.0)
+
+
+def _rounded(policy: Policy) -> torch.Tensor:
+    return torch.cat([local_shard(parameter).view(-1).bfloat16() for _, parameter in policy.published_parameters()])
+
+
+def _lines_written(weights_VN: list[torch.Tensor]) -> float:
+    written_N = torch.zeros_like(weights_VN[0], dtype=torch.bool)
+    for older_N, newer_N in pairwise(weights_VN):
+        written_N |= older_N != newer_N
+    return float(written_N.view(-1, LINE).any(1).double().mean())  # tensors begin at lines and end with them
 
 
 def _reload(policy: Policy, published: Path, times: int) -> None:
