@@ -17,7 +17,8 @@ import torch
 
 from bench.made_steps import made_trajectory, update_settings
 from bench.measure import Figure, repeated
-from rljob_api.spec import Advantage, ComputeType, Model, OldLogprobs, RandomModel, Training
+from rljob_api.correction import OldLogprobs
+from rljob_api.spec import Advantage, ComputeType, Model, RandomModel, Training
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.step_diagnostics import step_diagnostics
 from rljob_runtime.model_source import materialise

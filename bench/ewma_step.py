@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.made_steps import made_trajectory, update_settings
 from bench.measure import Figure, repeated
-from rljob_api.spec import Advantage, ComputeType, Ewma, OldLogprobs, Training
+from rljob_api.correction import Ewma, OldLogprobs
+from rljob_api.spec import Advantage, ComputeType, Training
 from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.trainer.batch import TrainBatch, build_batch

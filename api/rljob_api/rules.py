@@ -7,17 +7,16 @@ from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel
 
+from rljob_api.correction import Ewma, OldLogprobs
 from rljob_api.failure_policy import FailurePolicy, FailureRule
 from rljob_api.model_size import BYTES_PER_ELEMENT, number_of_parameters
 from rljob_api.names import OLD_POLICY_POOL, TRAINER_POOL
 from rljob_api.pools import Engine, RolloutPool
 from rljob_api.rule import Finding, Rule, unless
 from rljob_api.spec import (
-    Ewma,
     Messaging,
     Model,
     ObjectMeta,
-    OldLogprobs,
     RandomModel,
     RLJob,
     RLJobSpec,

@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field
 
 from rljob_api.base import FrozenModel
 from rljob_api.conditions import RFC3339_SECONDS, Condition
+from rljob_api.correction import OldLogprobs
 from rljob_api.extensions import LIST_MAP_BY_NAME, LIST_MAP_BY_TYPE
-from rljob_api.spec import OldLogprobs
 
 MAX_LAGGARDS = 10
 MAX_SERVING_VERSIONS = 256

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rljob.record import Record, RecordedStep
+from rljob_api.correction import OldLogprobs
 from rljob_api.messages import Outcome, TrajectoryHeader
-from rljob_api.spec import OldLogprobs, RLJob, RLJobSpec
+from rljob_api.spec import RLJob, RLJobSpec
 from rljob_runtime.correction.sources import Source
 from rljob_runtime.trajectory_codec import Trajectory
 

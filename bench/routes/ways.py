@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from bench.routes.second_policy import SecondPolicy
 from bench.routes.stream import Key, Step, Stream
-from rljob_api.spec import OldLogprobs
+from rljob_api.correction import OldLogprobs
 from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import Known, OldRow, Source

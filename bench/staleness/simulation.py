@@ -25,7 +25,8 @@ from bench.staleness.llama import Weights
 from bench.staleness.measures import Measures, RunRecord
 from bench.staleness.rollout import generate, score
 from bench.staleness.settings import Settings
-from rljob_api.spec import Advantage, Ewma, EwmaReset
+from rljob_api.correction import Ewma, EwmaReset
+from rljob_api.spec import Advantage
 from rljob_runtime.correction.ewma import WeightEwma
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
 from rljob_runtime.correction.objective import decoupled_policy_loss

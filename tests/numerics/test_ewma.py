@@ -14,7 +14,7 @@ import torch
 from tests.numerics.toy import DriftingPolicy
 from torch import Tensor
 
-from rljob_api.spec import Ewma, EwmaReset
+from rljob_api.correction import Ewma, EwmaReset
 from rljob_runtime.correction.ewma import WeightEwma, decay_for_staleness, decay_for_window
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
 

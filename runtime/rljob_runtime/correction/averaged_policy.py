@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rljob_api.base import FrozenModel
+from rljob_api.correction import Correction, Ewma, Fallback, OldLogprobs
 from rljob_api.messages import EwmaReport
-from rljob_api.spec import Correction, Ewma, Fallback, OldLogprobs
 from rljob_runtime.correction.ewma import WeightEwma
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
 from rljob_runtime.correction.published import PublishedParameters, local_shard

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rljob_api.base import FrozenModel
-from rljob_api.spec import Ewma
+from rljob_api.correction import Ewma
 from rljob_runtime.correction.ewma import decay_for_staleness, decay_for_window
 
 STALENESS_STEPS = 32

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rljob_api.spec import Fallback, OldLogprobs
+from rljob_api.correction import Fallback, OldLogprobs
 from rljob_runtime.correction.published import PublishedParameters
 from rljob_runtime.correction.snapshots import SnapshotStore
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.errors import DeadlineExceeded, EngineError, ProtocolError, RljobError, SpecError, StorageError
 from rljob_api.messages import JobSettings, PublishedVersion, WorkerCounters, WorkerPhase, WorkerState
 from rljob_api.names import KEY_PUBLISHED, worker_key
-from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_api.spec import RLJobSpec
 from rljob_protocol import worker as machine
 from rljob_protocol.link import Link
 from rljob_protocol.logs import fields

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.errors import MalformedMessage
-from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_api.spec import RLJobSpec
 from rljob_protocol.ahead import ScoreLog, SegmentLog
 from rljob_protocol.link import Link
 from rljob_runtime.correction.score_pool import Key, ScorePool, Wanted

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rljob_api.correction import Correction, Fallback, OldLogprobs
 from rljob_api.diagnostics import AuditReport
-from rljob_api.spec import Correction, Fallback, OldLogprobs, RLJobSpec
+from rljob_api.spec import RLJobSpec
 from rljob_runtime.correction.audit import audit_report, is_audited
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import Source

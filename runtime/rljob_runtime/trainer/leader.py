@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.diagnostics import AuditReport, Diagnostics
 from rljob_api.errors import DeadlineExceeded, StorageError
 from rljob_api.messages import (
@@ -29,7 +30,7 @@ from rljob_api.messages import (
     TrainerState,
 )
 from rljob_api.names import KEY_SETTINGS, KEY_TRAINER
-from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_api.spec import RLJobSpec
 from rljob_api.weights import ModelFile, Probe
 from rljob_protocol.admission import DropReason
 from rljob_protocol.link import Link

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.messages import TrainerPhase
-from rljob_api.spec import OldLogprobs, RLJobSpec
+from rljob_api.spec import RLJobSpec
 from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.score_pool import Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore

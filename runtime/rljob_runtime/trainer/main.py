@@ -18,10 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from rljob_api import names
 from rljob_api.base import FrozenModel
+from rljob_api.correction import OldLogprobs
 from rljob_api.errors import CheckpointCorrupt, RljobError
 from rljob_api.messages import CheckpointPointer, PublishedVersion
 from rljob_api.names import JobNames
-from rljob_api.spec import OldLogprobs
 from rljob_protocol import admission, logs
 from rljob_protocol.link import Link
 from rljob_protocol.streams import TaskQueue, TrajectoryLog

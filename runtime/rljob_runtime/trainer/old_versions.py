@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.errors import SpecError, Violation
-from rljob_api.spec import ComputeType, OldLogprobs, RLJobSpec
+from rljob_api.spec import ComputeType, RLJobSpec
 from rljob_runtime.correction.published import PublishedParameters, local_shard
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.trainer.distributed import World, largest

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rljob_api.correction import Fallback, Objective, OldLogprobs
 from rljob_api.messages import BucketStats, Distribution, SourceStats
-from rljob_api.spec import Fallback, Objective, OldLogprobs, RLJobSpec
+from rljob_api.spec import RLJobSpec
 from rljob_runtime.correction.diagnostics import (
     discrepancy_by_source,
     discrepancy_by_staleness,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rljob_api.spec import OldLogprobs
+from rljob_api.correction import OldLogprobs
 from tests.cluster.cluster import Namespace
 from tests.cluster.rljobs import Job, quickstart
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rljob_api.correction import Correction, Eager, OldLogprobs
 from rljob_api.messages import (
     Barrier,
     BarrierState,
@@ -25,7 +26,7 @@ from rljob_api.messages import (
     WorkerState,
 )
 from rljob_api.names import KEY_BARRIER, KEY_DESIRED, KEY_PUBLISHED, JobNames, worker_key
-from rljob_api.spec import Correction, Eager, OldLogprobs, RLJob
+from rljob_api.spec import RLJob
 from rljob_api.weights import Probe
 from rljob_protocol.ahead import SegmentLog
 from rljob_protocol.link import Link, StateLimits

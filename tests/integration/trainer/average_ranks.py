@@ -17,7 +17,8 @@ from tests.integration.trainer.toy import TRAINING, local_state, make_batch, mak
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rljob_api.spec import ComputeType, Ewma, OldLogprobs
+from rljob_api.correction import Ewma, OldLogprobs
+from rljob_api.spec import ComputeType
 from rljob_runtime.correction.averaged_policy import AveragedPolicy
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import Source

@@ -21,8 +21,9 @@ from tests.integration.trainer.toy import TRAINING, local_state, make_batch, mak
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.messages import ScoreHeader, SegmentHeader
-from rljob_api.spec import ComputeType, OldLogprobs
+from rljob_api.spec import ComputeType
 from rljob_runtime.correction.score_pool import ScorePool, Wanted
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.score_codec import Scores, decode_scores, encode_scores

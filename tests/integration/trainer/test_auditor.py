@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from tests.e2e.running import job
 from tests.integration.trainer.toy import make_batch, make_model, make_policy, publish
 
-from rljob_api.spec import Correction, RLJobSpec
+from rljob_api.correction import Correction
+from rljob_api.spec import RLJobSpec
 from rljob_api.validate import parse_job
 from rljob_runtime.correction.audit import is_audited
 from rljob_runtime.correction.snapshots import SnapshotStore

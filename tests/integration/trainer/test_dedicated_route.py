@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tests.integration.trainer.toy import SETTINGS, local_state, make_batch, make_model, make_policy, same_bits
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.errors import BlobCorrupt, EngineError
 from rljob_api.messages import Outcome, TrajectoryHeader
-from rljob_api.spec import OldLogprobs, RLJob
+from rljob_api.spec import RLJob
 from rljob_api.weights import Probe
 from rljob_runtime.correction.score_pool import ScorePool
 from rljob_runtime.correction.snapshots import SnapshotStore

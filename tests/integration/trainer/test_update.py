@@ -13,8 +13,9 @@ import torch
 from tests.integration.trainer.toy import SETTINGS, TRAINING, local_state, make_batch, make_model, make_policy, settings
 from transformers import AutoModelForCausalLM
 
+from rljob_api.correction import OldLogprobs
 from rljob_api.errors import TrainingDiverged
-from rljob_api.spec import OldLogprobs, RLJob
+from rljob_api.spec import RLJob
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import Source
 from rljob_runtime.trainer.batch import TrainBatch

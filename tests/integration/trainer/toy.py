@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rljob_api.spec import Advantage, ComputeType, Fallback, OldLogprobs, Training
+from rljob_api.correction import Fallback, OldLogprobs
+from rljob_api.spec import Advantage, ComputeType, Training
 from rljob_runtime.trainer.batch import TrainBatch, build_batch
 from rljob_runtime.trainer.distributed import World
 from rljob_runtime.trainer.model import Policy, build_policy, full_state

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rljob_api.spec import Correction, Ewma, EwmaReset, Fallback, OldLogprobs
+from rljob_api.correction import Correction, Ewma, EwmaReset, Fallback, OldLogprobs
 from rljob_runtime.correction.averaged_policy import AveragedPolicy, AverageState, averaged_policy
 from rljob_runtime.correction.ewma_monitor import EwmaMonitor, StepStatistics
 

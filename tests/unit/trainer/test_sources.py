@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from rljob_api.spec import Fallback, OldLogprobs
+from rljob_api.correction import Fallback, OldLogprobs
 from rljob_runtime.correction.published import PublishedParameters
 from rljob_runtime.correction.snapshots import SnapshotStore
 from rljob_runtime.correction.sources import OldRow, Source, assign_sources, interpolated, resolve

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rljob_api.correction import Fallback, OldLogprobs
 from rljob_api.messages import Distribution
-from rljob_api.spec import Fallback, OldLogprobs
 from rljob_runtime.correction.ewma_monitor import StepStatistics
 from rljob_runtime.correction.sources import Source
 from rljob_runtime.trainer.batch import TrainBatch, TrainRow
