@@ -14,7 +14,7 @@ from rljob_protocol.link import Link
 from rljob_protocol.message_log import MessageLog
 from rljob_protocol.server import NatsServer
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 async def read_until(log: MessageLog, after: int, last: int) -> list[tuple[int, bytes]]:

@@ -24,7 +24,7 @@ from rljob_runtime.weights.fetch import fetch_manifest, fetch_weights
 from rljob_runtime.weights.nats_blobs import NatsBlobStore
 from rljob_runtime.weights.volume import VolumeBlobStore
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 DATA = random.Random(1).randbytes(700_000)  # several of the object store's 128 KiB messages
 

@@ -17,7 +17,7 @@ from rljob_protocol.link import Link
 from rljob_protocol.server import NatsServer
 from rljob_protocol.streams import TrajectoryLog
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 WITH_POOL = replace(LIMITS, old_policy_workers=2, ack_wait_seconds=1.0)
 

@@ -26,7 +26,7 @@ from rljob_protocol.link import Link, Versioned
 from rljob_protocol.server import NatsServer, find_binary, free_port
 from rljob_protocol.streams import TaskQueue, TrajectoryLog
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 async def next_of(follower: AsyncIterator[Versioned[EpochClaim]], seconds: float = 15.0) -> int:

@@ -17,7 +17,7 @@ from rljob_protocol.link import Link, StateLimits
 from rljob_protocol.server import NatsServer
 from rljob_protocol.streams import ClaimedTask, TaskQueue, TrajectoryLog
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 Bounded = Callable[[StateLimits], Awaitable[Link]]
 

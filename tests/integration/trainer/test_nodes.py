@@ -76,7 +76,7 @@ def test_each_node_makes_its_own_copy_of_the_model_and_gets_one_of_a_file(tmp_pa
             )
         )
     try:
-        ends = [process.communicate(timeout=100) for process in processes]
+        ends = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -44,7 +44,7 @@ def torchrun(folder: Path, script: str = "ranks.py") -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from tests.integration.trainer.toy import make_model
 
 from rljob_runtime.trainer.distributed import distributed_world
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 CASES = ("one update", "two updates")
 
