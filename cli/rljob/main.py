@@ -8,6 +8,7 @@ Imports are light: each sub-command brings its own, so that `rljob --help` and `
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -159,6 +160,9 @@ def _trainer(_: argparse.Namespace) -> int:
 
 
 def _operator(_: argparse.Namespace) -> int:
+    # Process 1 of its pod does not hear SIGTERM before it has a handler, and the imports take seconds: it would go on, take the
+    # lease over from whom it was to follow, and be killed with it in hand.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the operator has its own
     from rljob_operator.main import main as operator_main
 
     return operator_main()

@@ -36,6 +36,7 @@ OPTIONS = {
     "old-policy": ["--help"],
 }
 """Frozen: a name that is taken away or renamed breaks scripts."""
+EXIT_WENT_ON = 9
 
 
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -107,3 +108,23 @@ def test_an_overridden_field_is_validated_like_any_other(capsys: pytest.CaptureF
     example = ROOT / "examples" / "quickstart.yaml"
     assert main(["run", str(example), "--set", "spec.sampling.topP=0.9"]) == 2
     assert "spec.sampling.topP" in capsys.readouterr().err
+
+
+def test_an_operator_that_is_told_to_stop_while_it_starts_ends_at_once() -> None:
+    """As process 1 it would not hear the default action, and live on to the end of its grace period."""
+    script = f"""
+import os, signal, sys, types
+module = types.ModuleType("rljob_operator.main")
+
+def main():
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {EXIT_WENT_ON}
+
+module.main = main
+sys.modules["rljob_operator.main"] = module
+from rljob.main import main as rljob
+sys.exit(rljob(["operator"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], timeout=120, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
