@@ -248,10 +248,11 @@ def test_at_rest_only_the_lease_is_written_and_a_running_job_costs_one_write_in_
     still.kill(still.trainer_pod(), "rljob_runtime.trainer.main", signal.SIGSTOP)
     running = Job.apply(team, quickstart("busy", steps=5000))
     running.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
-    running.wait("40 versions", lambda status: status["step"] >= 40, timeout_seconds=120)
+    running.wait("40 versions", lambda status: status["step"] >= 40, timeout_seconds=300)
     ready = {pod["metadata"]["uid"]: _ready_since(pod) for pod in running.pods("main")}
     byte, began, step = audit_end(dev_cluster), time.monotonic(), running.status["step"]
     time.sleep(180)
+    running.wait("40 versions more", lambda status: status["step"] > step + 40, timeout_seconds=300)
     entries = writes(dev_cluster, byte)
     seconds = time.monotonic() - began
     by_job: dict[str, int] = {}
@@ -263,7 +264,6 @@ def test_at_rest_only_the_lease_is_written_and_a_running_job_costs_one_write_in_
     print(f"seen: in {seconds:.0f} s: writes by job {by_job}, {versions} versions")
     assert set(by_job) <= {running.name}
     assert by_job.get(running.name, 0) <= seconds / 5 + 1
-    assert versions > 40
     assert {pod["metadata"]["uid"]: _ready_since(pod) for pod in running.pods("main")} == ready
     still.kill(still.trainer_pod(), "rljob_runtime.trainer.main", signal.SIGCONT)
     still.delete()
