@@ -123,7 +123,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def wait_for_steps(run_directory: Path, steps: int, timeout: float = 150) -> None:
+def wait_for_steps(run_directory: Path, steps: int, timeout: float = 240) -> None:
     """Until the run's steps.jsonl has that many lines."""
     deadline = time.monotonic() + timeout
     path = run_directory / "steps.jsonl"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.running import job, processes_naming, run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 @pytest.mark.parametrize(

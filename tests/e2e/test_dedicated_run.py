@@ -13,7 +13,7 @@ from rljob.run_directory import RunDirectory
 from rljob_api.messages import StepReport
 from tests.e2e.running import children_of, job, processes_naming, started, summary, wait_for_steps
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 10
 
@@ -53,7 +53,7 @@ def test_a_dedicated_run_is_exact_and_its_record_verifies_also_when_the_worker_i
         worker = old_policy_worker(process.pid)
         assert worker is not None
         os.kill(worker, signal.SIGKILL)
-        code = process.wait(150)
+        code = process.wait(240)
     output = (tmp_path / "output.txt").read_text()
     assert code == 0, output
     assert "old-policy worker old-policy-0 ended with -9: starting it again" in output
@@ -83,7 +83,7 @@ def test_with_fallback_drop_an_impossible_timeout_and_a_worker_that_hangs_late_t
         os.kill(worker, signal.SIGSTOP)
         wait_for_steps(run_directory, STEPS - 1)
         os.kill(worker, signal.SIGCONT)
-        code = process.wait(150)
+        code = process.wait(240)
     output = (tmp_path / "output.txt").read_text()
     assert code == 0, output
     steps = steps_of(run_directory)

@@ -27,7 +27,7 @@ from rljob_api.trajectory import HEADER_KEY
 from rljob_protocol.server import free_port
 from tests.e2e.running import children_of, job, processes_naming, started, summary, wait_for_steps
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 OUTAGE_SECONDS = 20.0
 SHARED_DIRECTORY = {"weights": {"persistentVolumeClaim": {"claimName": "weights"}}, "checkpoint": {"everySteps": 10}}
@@ -70,7 +70,7 @@ def test_a_server_that_does_not_answer_for_twenty_seconds_costs_time_and_no_toke
             time.sleep(OUTAGE_SECONDS)
         finally:
             os.kill(server, signal.SIGCONT)
-        code = process.wait(120)
+        code = process.wait(240)
     seen = check_ended_well(tmp_path, code, 16)
     assert seen["workerRestarts"] == 0
 
@@ -120,7 +120,7 @@ def test_a_killed_worker_and_a_server_that_is_away_for_twenty_seconds_cost_count
         with server_gone_and_its_port_taken(process.pid) as port:
             time.sleep(OUTAGE_SECONDS)
             assert process.poll() is None
-        code = process.wait(150)
+        code = process.wait(240)
     output = (tmp_path / "output.txt").read_text()
     assert code == 0, output
     assert "main-0 ended" in output or "main-1 ended" in output
@@ -171,7 +171,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_what_to_do(
     wrapper = _small_disk(tmp_path / "run" / folder, size)
     document = job(training__steps=400, storage=storage)
     with started(tmp_path, document, "--run-dir", str(tmp_path / "run"), wrapper=wrapper) as process:
-        code = process.wait(120)
+        code = process.wait(240)
     output = (tmp_path / "output.txt").read_text()
     assert code == 1, output
     assert "rljob: the run failed: " in output
@@ -273,7 +273,7 @@ def test_damaged_versions_and_malformed_trajectories_are_refused_and_the_run_goe
         wait_for_steps(run_directory, 3)
         asyncio.run(publish())
         refused = [line for damage in (_flip_a_bit, _cut_off) for line in damaged_until_refused(run_directory, damage)]
-        code = process.wait(120)
+        code = process.wait(240)
     check_ended_well(tmp_path, code, steps)
 
     assert all(line["corrupt"] is True and "altered" in line["error"] for line in refused)

@@ -12,7 +12,7 @@ import yaml
 
 from tests.e2e.running import processes_naming, run, summary
 
-pytestmark = [pytest.mark.e2e, pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.engine, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
 

@@ -23,7 +23,7 @@ from tests.e2e.running import (
     wait_for_steps,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def verify(run_directory: Path, tokens: int = 500) -> subprocess.CompletedProcess[str]:
@@ -87,7 +87,7 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on_with_two_trainer_processes(tmp
     with started(tmp_path, document, "--run-dir", str(run_directory)) as process:
         wait_for_steps(run_directory, 8)
         process.send_signal(signal.SIGINT)
-        code = process.wait(150)
+        code = process.wait(240)
     output = (tmp_path / "output.txt").read_text()
     assert code == 130, output
     assert f"--resume {run_directory}" in output
@@ -122,7 +122,7 @@ def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_rolls_out_anew_what
             if b"trainer.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         os.kill(trainer[0], signal.SIGKILL)
-        code = process.wait(150)
+        code = process.wait(240)
     output = (tmp_path / "output.txt").read_text()
     assert code == 1, output
     assert f"--resume {run_directory}" in output

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.e2e.running import job, processes_naming, run, summary
 from tests.e2e.synchronous_loop import synchronous_run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 STEPS = 8
 
 
