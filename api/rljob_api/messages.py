@@ -156,6 +156,8 @@ class WorkerState(WireMessage):
     serving_version: int | None = None
     failed_version: int | None = None
     """Version that this incarnation could not load: a failed apply or a failed probe."""
+    unreadable: tuple[int, int] | None = None
+    """(epoch, version) whose stored bytes it found damaged or gone at its last fetch; None while it tries again."""
     order: tuple[int, int] | None = None
     """(term, generation) that the serving version was ordered by; None when followed from `published` (degraded)."""
     degraded: bool = False

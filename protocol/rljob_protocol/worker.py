@@ -113,7 +113,8 @@ class WorkerState:
     fetch_started_at: float = 0.0
     fetched: PublishedVersion | None = None
     fetch_failures: int = 0
-    corrupt_fetches: int = 0
+    unreadable: PublishedVersion | None = None
+    """What the store gave damaged, or not at all, at the last fetch; None while the next one runs."""
     retry_at: float | None = None
     swap: Swap = Swap.NONE
     swapping: PublishedVersion | None = None
@@ -224,7 +225,8 @@ def step(state: WorkerState, event: Event, now: float) -> tuple[WorkerState, tup
         case FetchFailed(published, error, corrupt):
             if state.fetching is not None and _same(published, state.fetching):
                 said = f"version {published.version} could not be fetched: {error}"
-                state = replace(_after_failed_fetch(state, corrupt, now), last_error=said)
+                unreadable = published if corrupt else None
+                state = replace(_after_failed_fetch(state, now), unreadable=unreadable, last_error=said)
         case GateShut():
             if state.swap is Swap.SHUTTING and state.swapping is not None and _may_swap(state, state.swapping):
                 return _apply(state, state.swapping, now)
@@ -282,7 +284,7 @@ def _advance(state: WorkerState, now: float) -> tuple[WorkerState, tuple[Effect,
             effects.append(Report())
         wanted = None
     if state.fetching is not None and now - state.fetch_started_at >= state.settings.fetch_timeout_seconds:
-        state = _after_failed_fetch(state, False, now)
+        state = _after_failed_fetch(state, now)
     is_fetched = wanted is not None and state.fetched is not None and _same(state.fetched, wanted)
     if wanted is not None and is_fetched and _may_swap(state, wanted):
         if state.swap is Swap.HELD:
@@ -297,7 +299,7 @@ def _advance(state: WorkerState, now: float) -> tuple[WorkerState, tuple[Effect,
         effects += more
     may_fetch = state.fetching is None and not is_fetched and (state.retry_at is None or now >= state.retry_at)
     if wanted is not None and may_fetch:
-        state = replace(state, fetching=wanted, fetched=None, fetch_started_at=now, retry_at=None)
+        state = replace(state, fetching=wanted, fetched=None, unreadable=None, fetch_started_at=now, retry_at=None)
         effects.append(Fetch(wanted))
     return state, tuple(effects)
 
@@ -362,14 +364,13 @@ def _choose_target(state: WorkerState, now: float) -> Target | None:
     return Target(published, None, None if desired is None else desired.order)
 
 
-def _after_failed_fetch(state: WorkerState, corrupt: bool, now: float) -> WorkerState:
+def _after_failed_fetch(state: WorkerState, now: float) -> WorkerState:
     failures = state.fetch_failures + 1
     backoff = min(FETCH_BACKOFF_SECONDS * 2 ** (failures - 1), FETCH_BACKOFF_MAX_SECONDS)
     return replace(
         state,
         fetching=None,
         fetch_failures=failures,
-        corrupt_fetches=state.corrupt_fetches + corrupt,
         retry_at=now + backoff,
     )
 

@@ -45,6 +45,7 @@ class FetchFailed:
     published: PublishedVersion
     error: str
     corrupt: bool
+    """The store does not give the bytes that were published: they were altered, cut off, or are gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,9 +235,9 @@ def malformed_trajectories() -> list[bytes]:
 
 
 def damaged_until_refused(run_directory: Path, damage: Callable[[Path], None]) -> list[dict[str, Any]]:
-    """Damage one version after the other as it appears, until a worker refuses one: a worker may be quicker than us."""
+    """Damage one version after the other as it appears, until the worker refuses one: it may be quicker than us."""
     weights, refused, damaged = run_directory / "weights", [], []
-    logs = [run_directory / "logs" / f"main-{index}.log" for index in range(2)]
+    log = run_directory / "logs" / "main-0.log"
     known = {path.name for path in weights.glob("w-*")}
     deadline = time.monotonic() + 60
     while not refused and time.monotonic() < deadline:
@@ -246,16 +246,16 @@ def damaged_until_refused(run_directory: Path, damage: Callable[[Path], None]) -
             known |= {path.name for path in new}
             damaged.append(int(new[0].name.split("-")[2]))
             time.sleep(0.4)
-            refused = [
-                line for log in logs for line in log_lines(log, "version refused") if line["weight_version"] in damaged
-            ]
+            refused = [line for line in log_lines(log, "version refused") if line["weight_version"] in damaged]
         time.sleep(0.0005)
     assert refused, f"versions {damaged} were damaged and served before that"
     return refused
 
 
-def test_damaged_versions_and_malformed_trajectories_are_refused_and_the_run_goes_on(tmp_path: Path) -> None:
-    port, steps = free_port(), 60
+def test_a_damaged_version_is_refused_until_it_is_stored_again_and_malformed_trajectories_for_good(
+    tmp_path: Path,
+) -> None:
+    port, steps = free_port(), 20
     run_directory = tmp_path / "run"
     messages = malformed_trajectories()
 
@@ -269,7 +269,11 @@ def test_damaged_versions_and_malformed_trajectories_are_refused_and_the_run_goe
             await client.close()
 
     arguments = ("--run-dir", str(run_directory), "--nats-port", str(port))
-    with started(tmp_path, job(training__steps=steps, storage=SHARED_DIRECTORY), *arguments) as process:
+    # One worker and no staleness: without the version that it refuses the run can never go on.
+    document = job(
+        training__steps=steps, storage=SHARED_DIRECTORY, staleness__maxVersions=0, rolloutPools__0__replicas=1
+    )
+    with started(tmp_path, document, *arguments) as process:
         wait_for_steps(run_directory, 3)
         asyncio.run(publish())
         refused = [line for damage in (_flip_a_bit, _cut_off) for line in damaged_until_refused(run_directory, damage)]
@@ -277,11 +281,18 @@ def test_damaged_versions_and_malformed_trajectories_are_refused_and_the_run_goe
     check_ended_well(tmp_path, code, steps)
 
     assert all(line["corrupt"] is True and "altered" in line["error"] for line in refused)
-    for log in (run_directory / "logs").glob("main-*.log"):
-        served = {line["weight_version"] for line in log_lines(log, "version served")}
-        bad = {line["weight_version"] for line in log_lines(log, "version refused")}
-        assert not bad & served
-        assert max(served) > max(bad, default=0)  # it went on
+    restored = {
+        line["weight_version"]: line["time"]
+        for line in log_lines(
+            run_directory / "logs" / "trainer.log", "stored weight version is damaged; it is stored again"
+        )
+    }
+    served = {
+        line["weight_version"]: line["time"]
+        for line in log_lines(run_directory / "logs" / "main-0.log", "version served")
+    }
+    assert set(restored) == {line["weight_version"] for line in refused}
+    assert all(line["time"] < restored[line["weight_version"]] < served[line["weight_version"]] for line in refused)
 
     malformed = log_lines(run_directory / "logs" / "trainer.log", "trajectory refused")
     assert len(malformed) == len(messages)

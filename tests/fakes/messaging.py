@@ -143,6 +143,10 @@ class MemoryStore:
     async def put(self, blob: Blob, data: bytes | memoryview) -> None:
         self.blobs[blob.name] = bytes(data)
 
+    async def replace(self, blob: Blob, data: bytes | memoryview) -> None:
+        self.blobs[blob.name] = bytes(data)
+        self.corrupt.discard(blob.name)
+
     async def fetch(self, blob: Blob, destination: Path) -> None:
         if blob.name not in self.blobs:
             raise BlobMissing(f"no blob {blob.name}")

@@ -180,17 +180,19 @@ def test_a_failed_fetch_is_tried_again_with_a_growing_delay() -> None:
         assert effects == (Fetch(published(4)),)
         delays.append(now - failed_at)
     assert delays == [1, 2, 4, 8, 16, FETCH_BACKOFF_MAX_SECONDS, FETCH_BACKOFF_MAX_SECONDS]
-    assert state.corrupt_fetches == 0
+    assert state.unreadable is None  # a store that cannot be reached is not a damaged one
     state, _ = run(state, Fetched(published(4)), now=now)
     assert state.fetch_failures == 0
 
 
-def test_corrupt_bytes_are_counted_and_never_applied() -> None:
+def test_corrupt_bytes_are_told_until_the_next_try_and_never_applied() -> None:
     state, _ = run(serving(3), ordered(4, 2))
     state, effects = run(state, FetchFailed(published(4), "sha256 differs", corrupt=True))
     assert effects == ()
-    assert state.corrupt_fetches == 1
+    assert state.unreadable == published(4)
     assert state.swap is Swap.NONE
+    state, effects = run(state, CoordinatorBeat(2), Tick(), now=FETCH_BACKOFF_MAX_SECONDS)
+    assert (effects, state.unreadable) == ((Fetch(published(4)),), None)
 
 
 def test_a_fetch_that_never_returns_is_given_up_at_its_deadline() -> None:

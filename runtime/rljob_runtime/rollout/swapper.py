@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rljob_api.errors import BlobCorrupt, EngineError, MalformedMessage, ProtocolError, StorageError
+from rljob_api.errors import BlobCorrupt, BlobMissing, EngineError, MalformedMessage, ProtocolError, StorageError
 from rljob_api.messages import PublishedVersion
 from rljob_api.weights import WeightManifest
 from rljob_protocol.worker import identity
@@ -54,7 +54,7 @@ class Swapper:
                 found = f"manifest {published.manifest.name} is of version {manifest.version}, epoch {manifest.epoch}"
                 return FetchFailed(published, found, corrupt=True)
             weights = await fetch_weights(self._store, manifest, self._cache_dir)
-        except (BlobCorrupt, MalformedMessage) as error:
+        except (BlobCorrupt, BlobMissing, MalformedMessage) as error:
             return FetchFailed(published, str(error), corrupt=True)
         except (StorageError, ProtocolError, OSError) as error:
             return FetchFailed(published, str(error), corrupt=False)

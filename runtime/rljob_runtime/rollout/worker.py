@@ -489,6 +489,7 @@ class RolloutWorker:
             epoch=serving.epoch if serving else 0,
             serving_version=serving.version if serving else None,
             failed_version=worker.failed_version,
+            unreadable=None if worker.unreadable is None else machine.identity(worker.unreadable),
             order=worker.order if serving else None,
             degraded=worker.degraded,
             in_flight=samples.running if samples else 0,

@@ -42,6 +42,7 @@ from rljob_runtime.trainer.background import Background
 from rljob_runtime.trainer.barrier import BarrierKeeper
 from rljob_runtime.trainer.batch import TrainBatch, build_batch
 from rljob_runtime.trainer.checkpoint import CheckpointState, prune
+from rljob_runtime.trainer.damage import DamageWatch
 from rljob_runtime.trainer.dedicated import DedicatedWait
 from rljob_runtime.trainer.eager import pool_report
 from rljob_runtime.trainer.intake import Intake, Taken
@@ -116,6 +117,7 @@ class Leader:
         self._round_began = self._round_seconds = 0.0
         self._stream_share = 0.0
         self._stream_checked = float("-inf")
+        self._damage = DamageWatch(link, publisher.epoch, self._waits_with, logger)
         self.stop_requested = False
         """Set by the signal handler; the loop stops at the next order."""
 
@@ -131,6 +133,7 @@ class Leader:
         self._background.start(self._intake.run())
         self._background.start(self._heartbeats())
         self._background.start(self._follow_settings())
+        self._background.start(self._damage.run())
         if self._dedicated is not None:
             self._background.start(self._dedicated.run())
 
@@ -268,6 +271,23 @@ class Leader:
         )
         return published
 
+    def is_damaged(self, version: int) -> bool:
+        """Whether workers find the stored bytes of this version, the newest, damaged while the trainer waits for them."""
+        return bool(self._damage.workers_without(version))
+
+    def restore(self, state: Mapping[str, Tensor], *, version: int) -> None:
+        """Store the bytes of the version published last again.
+
+        Raises:
+            StorageError: `state` is not what was published.
+        """
+        self._logger.warning(
+            "stored weight version is damaged; it is stored again",
+            extra={"weight_version": version, "workers": list(self._damage.workers_without(version))},
+        )
+        self._call(self._publisher.restore(state))
+        self._damage.restored(version)
+
     def step_trained(self, version: int, update: UpdateReport) -> None:
         """Count the step's tokens, and let the intake admit the groups that the step makes room for."""
         self._tokens_trained += update.tokens_trained
@@ -386,6 +406,9 @@ class Leader:
         """Live fields of the spec, as the operator writes them."""
         async for seen in self._link.follow(KEY_SETTINGS, JobSettings, interval_seconds=SETTINGS_SECONDS):
             await self._intake.use(seen.value.staleness)
+
+    def _waits_with(self) -> int | None:
+        return self._state.version if self._state.phase is TrainerPhase.WAITING else None
 
     async def _heartbeats(self) -> None:
         while True:

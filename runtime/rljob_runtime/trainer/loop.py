@@ -52,6 +52,7 @@ class Order(IntEnum):
     TRAIN = 1
     STOP = 2
     SCORE = 3
+    RESTORE = 4
 
 
 class Trainer:
@@ -125,9 +126,14 @@ class Trainer:
                 else:
                     batch, rows = self._leader.next_work(self._version, self._snapshots.versions, IDLE_SECONDS)
                     order = Order.TRAIN if batch is not None else Order.SCORE if rows else Order.IDLE
+                    if order is Order.IDLE and self._leader.is_damaged(self._version):
+                        order = Order.RESTORE
             # Each idle round is a collective of its own: no process waits in one for longer than IDLE_SECONDS.
             order = Order(self._from_leader(bytes([order]))[0])
             if order is Order.IDLE:
+                continue
+            if order is Order.RESTORE:
+                self._restore()
                 continue
             if order is Order.SCORE:
                 begun = time.monotonic()
@@ -250,6 +256,12 @@ class Trainer:
                 capacity=self._capacity,
             )
             self._snapshots.save(self._version, self._policy)
+
+    def _restore(self) -> None:
+        """Store the resident version's bytes again: nobody can load them, and no next version comes without that."""
+        state = full_state(self._policy)
+        if self._leader is not None:
+            self._leader.restore(state, version=self._version)
 
     def _waiting_tokens(self) -> dict[int, int]:
         """Tokens of trajectories that wait for a step after this version, by weight version. Collective."""

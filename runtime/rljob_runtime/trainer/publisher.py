@@ -6,15 +6,17 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from rljob_api.base import WireMessage
 from rljob_api.errors import Fenced
 from rljob_api.messages import CheckpointPointer, EpochClaim, PublishedVersion, RetainedVersions
 from rljob_api.names import KEY_CHECKPOINT, KEY_EPOCH, KEY_PUBLISHED, KEY_RETAINED
-from rljob_api.weights import ModelFile
+from rljob_api.weights import ModelFile, WeightManifest
 from rljob_protocol.link import Link
 from rljob_runtime.weights.blobs import BlobStore
 from rljob_runtime.weights.encode import EncodedVersion, model_file_blobs
-from rljob_runtime.weights.publish import publish_model_files, publish_version
+from rljob_runtime.weights.publish import publish_model_files, publish_version, restore_version
 from rljob_runtime.weights.retention import unneeded_blobs
 
 CLAIM_ATTEMPTS = 20
@@ -30,6 +32,8 @@ class Publisher:
         self._published_revision: int | None = None
         self._checkpoint_revision: int | None = None
         self._retained_revision: int | None = None
+        self._manifest: WeightManifest | None = None
+        """Of the version that this trainer published last."""
         self.retained: dict[int, PublishedVersion] = {}
         """Versions whose blobs are kept."""
         self.epoch = epoch
@@ -83,6 +87,7 @@ class Publisher:
             Fenced: a trainer of a newer epoch published; this one must stop.
         """
         manifest_blob = await publish_version(self._store, encoded)
+        self._manifest = encoded.manifest
         version = PublishedVersion(
             epoch=self.epoch,
             version=encoded.manifest.version,
@@ -98,6 +103,16 @@ class Publisher:
         self.published = version
         await self._link.hint(self._link.names.published_hint)
         return version
+
+    async def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Store the bytes of the version published last again: workers found them damaged.
+
+        Raises:
+            StorageError: `state` is not what was published.
+        """
+        if self._manifest is None:
+            raise ValueError("a version is restored before one was published")
+        await restore_version(self._store, self._manifest, state)
 
     async def point_to_checkpoint(self, pointer: CheckpointPointer) -> None:
         """Make a finished checkpoint the current one."""

@@ -22,6 +22,13 @@ class BlobStore(Protocol):
             StorageFull: there is no room.
         """
 
+    async def replace(self, blob: Blob, data: bytes | memoryview) -> None:
+        """Store the bytes durably also where the name exists: what is there was found damaged.
+
+        Raises:
+            StorageFull: there is no room.
+        """
+
     async def fetch(self, blob: Blob, destination: Path) -> None:
         """Write the verified bytes to `destination`; nothing is left there when it fails.
 

@@ -51,11 +51,7 @@ def encode_version(
 
     Tensors must not share storage: a tied output layer is left out of the state, and the engine ties it again.
     """
-    data = memoryview(save({name: tensor.contiguous() for name, tensor in state.items()}))
-    chunks = tuple(
-        (make_blob(f"w-{epoch}-{version}-{index:04d}", part), part)
-        for index, part in enumerate(data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes))
-    )
+    data, chunks = cut_state(state, epoch=epoch, version=version, chunk_bytes=chunk_bytes)
     manifest = WeightManifest(
         epoch=epoch,
         version=version,
@@ -67,6 +63,16 @@ def encode_version(
         probe=probe,
     )
     return EncodedVersion(manifest, chunks)
+
+
+def cut_state(
+    state: Mapping[str, Tensor], *, epoch: int, version: int, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[memoryview, tuple[tuple[Blob, memoryview], ...]]:
+    """The bytes of a version's safetensors file, and the same as named chunks: a function of the weights alone."""
+    data = memoryview(save({name: tensor.contiguous() for name, tensor in state.items()}))
+    starts = range(0, len(data), chunk_bytes)
+    parts = [data[start : start + chunk_bytes] for start in starts]
+    return data, tuple((make_blob(f"w-{epoch}-{version}-{index:04d}", part), part) for index, part in enumerate(parts))
 
 
 def model_file_blobs(directory: Path) -> tuple[tuple[ModelFile, bytes], ...]:

@@ -35,16 +35,23 @@ class NatsBlobStore:
 
     async def put(self, blob: Blob, data: bytes | memoryview) -> None:
         """Store durably, once."""
-        is_retry = False
+        await self._put(blob, data, may_be_there=True)
+
+    async def replace(self, blob: Blob, data: bytes | memoryview) -> None:
+        """Store durably whatever is there; a reader of the old bytes begins again."""
+        await self._put(blob, data, may_be_there=False)
+
+    async def _put(self, blob: Blob, data: bytes | memoryview, *, may_be_there: bool) -> None:
+        is_looked_for = may_be_there
 
         async def attempt() -> None:
-            nonlocal is_retry
+            nonlocal is_looked_for
             store = await self._bucket()
             # An attempt whose answers were lost is undone by the client, and that may reach the server late: what it
             # left is not looked at. The next one has a place of its own, and is read back when it is through.
-            if not is_retry and await self._is_whole(store, blob):
+            if is_looked_for and await self._is_whole(store, blob):
                 return
-            is_retry = True
+            is_looked_for = False
             await store.put(blob.name, io.BytesIO(data))
             if not await self._is_whole(store, blob):
                 raise ConnectionError(f"blob {blob.name} did not arrive whole")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from rljob_api.weights import Blob, ModelFile
+from torch import Tensor
+
+from rljob_api.errors import StorageError
+from rljob_api.weights import Blob, ModelFile, WeightManifest
 from rljob_runtime.weights.blobs import BlobStore, make_blob
-from rljob_runtime.weights.encode import EncodedVersion
+from rljob_runtime.weights.encode import EncodedVersion, cut_state
 
 
 async def publish_version(store: BlobStore, encoded: EncodedVersion) -> Blob:
@@ -18,6 +21,29 @@ async def publish_version(store: BlobStore, encoded: EncodedVersion) -> Blob:
     blob = make_blob(f"m-{manifest.epoch}-{manifest.version}", described)
     await store.put(blob, described)
     return blob
+
+
+async def restore_version(store: BlobStore, manifest: WeightManifest, state: Mapping[str, Tensor]) -> None:
+    """Store a published version's bytes again under the same names: what the store holds was found damaged.
+
+    Args:
+        store: holds the version.
+        manifest: of the version, as it was published.
+        state: its weights, as they were given to `encode_version`.
+
+    Raises:
+        StorageError: these weights are not the version's; nothing was written.
+    """
+    _, chunks = cut_state(state, epoch=manifest.epoch, version=manifest.version)
+    if tuple(blob for blob, _ in chunks) != manifest.blobs:
+        raise StorageError(
+            f"version {manifest.version} is damaged in the store, and the resident weights are not those that were "
+            "published: they were changed since. Nothing was written; start again from the checkpoint"
+        )
+    for blob, data in chunks:
+        await store.replace(blob, data)
+    described = manifest.to_bytes()
+    await store.replace(make_blob(f"m-{manifest.epoch}-{manifest.version}", described), described)
 
 
 async def publish_model_files(store: BlobStore, files: Iterable[tuple[ModelFile, bytes]]) -> None:

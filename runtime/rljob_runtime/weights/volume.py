@@ -24,7 +24,12 @@ class VolumeBlobStore:
 
     async def put(self, blob: Blob, data: bytes | memoryview) -> None:
         """Store durably, once."""
-        await asyncio.to_thread(self._put, blob, data)
+        if not await asyncio.to_thread(self._is_whole, blob):
+            await self.replace(blob, data)
+
+    async def replace(self, blob: Blob, data: bytes | memoryview) -> None:
+        """Store durably whatever is there; a reader gets the old file or the new one."""
+        await asyncio.to_thread(self._write, blob, data)
 
     async def fetch(self, blob: Blob, destination: Path) -> None:
         """Copy out and verify."""
@@ -38,13 +43,15 @@ class VolumeBlobStore:
         """Names of all blobs."""
         return await asyncio.to_thread(self._names)
 
-    def _put(self, blob: Blob, data: bytes | memoryview) -> None:
+    def _is_whole(self, blob: Blob) -> bool:
+        path = self._directory / blob.name
+        return path.exists() and path.stat().st_size == blob.num_bytes
+
+    def _write(self, blob: Blob, data: bytes | memoryview) -> None:
         path = self._directory / blob.name
         temporary = self._directory / f"{PARTIAL}{uuid.uuid4().hex}"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size == blob.num_bytes:
-                return
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()

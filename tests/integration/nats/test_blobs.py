@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.integration.conftest import NAMES
 
-from rljob_api.errors import BlobCorrupt, BlobMissing
+from rljob_api.errors import BlobCorrupt, BlobMissing, StorageError
 from rljob_api.weights import Blob, Probe, WeightManifest
 from rljob_protocol.link import Link
 from rljob_protocol.server import NatsServer
 from rljob_runtime.weights.blobs import BlobStore, make_blob
+from rljob_runtime.weights.encode import encode_version
 from rljob_runtime.weights.fetch import fetch_manifest, fetch_weights
 from rljob_runtime.weights.nats_blobs import NatsBlobStore
+from rljob_runtime.weights.publish import publish_version, restore_version
 from rljob_runtime.weights.volume import VolumeBlobStore
 
 pytestmark = pytest.mark.timeout(180)
@@ -247,3 +250,34 @@ async def test_whole_chunks_in_the_wrong_order_are_refused(place: Place, tmp_pat
     with pytest.raises(BlobCorrupt, match="version 3: its chunks are whole, joined they are not"):
         await fetch_weights(place.store, swapped, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "gone"])
+async def test_a_damaged_version_is_stored_again_from_its_weights_and_from_no_others(
+    place: Place, tmp_path: Path, damage: str
+) -> None:
+    state = {"a": torch.arange(5000.0), "b": torch.ones(3, 7)}
+    probe = Probe(tokens=(1, 2), logprobs=(-1.0,), compute_type="Float32")
+    encoded = encode_version(state, epoch=1, version=4, compute_type="Float32", model_files=(), probe=probe)
+    published = await publish_version(place.store, encoded)
+    (chunk,) = encoded.manifest.blobs
+    for name in (chunk.name, published.name):
+        data = await place.read(name)
+        if damage == "gone":
+            await place.store.delete(name)
+        else:
+            await place.overwrite(name, flipped(data, 12) if damage == "flipped" else data[: len(data) // 2])
+    with pytest.raises((BlobCorrupt, BlobMissing)):
+        await fetch_manifest(place.store, published, tmp_path)
+
+    held = await place.store.names()
+    with pytest.raises(StorageError, match="not those that were published"):
+        await restore_version(place.store, encoded.manifest, {**state, "b": torch.zeros(3, 7)})
+    assert await place.store.names() == held
+    with pytest.raises((BlobCorrupt, BlobMissing)):  # nothing was mended with the wrong weights
+        await place.store.fetch(chunk, tmp_path / "chunk")
+
+    await restore_version(place.store, encoded.manifest, state)
+    manifest = await fetch_manifest(place.store, published, tmp_path)
+    assert manifest == encoded.manifest
+    assert (await fetch_weights(place.store, manifest, tmp_path)).read_bytes() == bytes(encoded.chunks[0][1])

@@ -214,6 +214,7 @@ async def test_a_corrupt_version_is_never_served_and_generation_goes_on(rig: Rig
     await until(lambda: len(rig.queue.acked) == 5)
     await until(lambda: "could not be fetched" in rig.state.message)
     assert rig.state.serving_version == 0 and "load:1" not in rig.engine.events
+    assert rig.state.unreadable == (published.epoch, 1)
 
 
 async def test_a_wrong_environment_is_a_configuration_error(tmp_path: Path) -> None:
