@@ -12,7 +12,8 @@ export DO_NOT_TRACK ?= 1
 # Where this is set, every process compiles torch and transformers anew: a start takes 24 s in place of 9 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Whole files go to one of these processes; each end-to-end test starts four or five more by itself.
+# Whole files go to one of these processes, in their order: the end-to-end tests, which take longest and start four or five
+# processes more each, come first, so that none of them is left over at the end.
 TEST_PROCESSES ?= 2
 
 # Nodes of the dev cluster. Its name and cache: RLJOB_CLUSTER, RLJOB_CACHE (docs/dev-cluster.md).
@@ -32,7 +33,7 @@ demo: setup  ## run examples/quickstart.yaml: real vLLM and torch, 2 rollout wor
 
 test: setup lint type verify  ## lint, types, import contracts and all tests with real parts (about 20 minutes on 2 quiet cores)
 	@echo "test: unit, protocol, numerics, integration with real nats-server, vLLM and torch (about 18 minutes on 2 cores)"
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff and import contracts (seconds)
 	@$(BIN)/ruff check $(PACKAGES) tests bench tools
