@@ -11,13 +11,13 @@ import pytest
 from tests.cluster.cluster import Cluster, KubectlError, Namespace
 from tests.cluster.rljobs import SYSTEM, Job, operator_metrics, quickstart
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_the_quickstart_trains_on_real_engines_to_the_end(team: Namespace) -> None:
     steps = int(os.environ.get("RLJOB_E2E_STEPS", "20"))
     job = Job.apply(team, quickstart(steps=steps, simulated=False))
-    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=240)
+    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=600)
     job.wait("both workers", lambda status: status["columns"]["rollouts"] == "2/2")
     rollouts = {pod["metadata"]["uid"] for pod in job.pods("main")}
     shown = team.kubectl("get", "rljobs")
@@ -26,11 +26,11 @@ def test_the_quickstart_trains_on_real_engines_to_the_end(team: Namespace) -> No
     ready = {pod["metadata"]["uid"]: _ready_since(pod) for pod in job.pods("main")}
     logs = team.kubectl("logs", f"--selector=rljob.dev/name={job.name},rljob.dev/pool=trainer", "--tail=50")
     assert '"event": "resumed"' not in logs and '"process": "trainer-0"' in logs
-    job.wait("most steps", lambda status: status.get("step", 0) >= steps - 5, timeout_seconds=300)
+    job.wait("most steps", lambda status: status.get("step", 0) >= steps - 5, timeout_seconds=600)
     # Versions came and went: no Ready condition of a rollout pod moved, and none was replaced.
     assert {pod["metadata"]["uid"]: _ready_since(pod) for pod in job.pods("main")} == ready
     assert set(ready) == rollouts
-    status = job.wait_for_condition("Succeeded", timeout_seconds=300) and job.status
+    status = job.wait_for_condition("Succeeded", timeout_seconds=600) and job.status
     assert status["step"] == steps
     assert status["correction"]["exactFraction"] == "1.000"
     assert status["correction"]["route"] == "Snapshot"
@@ -52,7 +52,7 @@ def test_the_quickstart_trains_on_real_engines_to_the_end(team: Namespace) -> No
 
 def test_a_killed_trainer_is_restarted_from_its_checkpoint_as_a_new_attempt(team: Namespace) -> None:
     job = Job.apply(team, quickstart("killed", steps=40))
-    job.wait("a checkpoint", lambda status: status.get("checkpoint"), timeout_seconds=180)
+    job.wait("a checkpoint", lambda status: status.get("checkpoint"), timeout_seconds=600)
     rollouts = {pod["metadata"]["uid"] for pod in job.pods("main")}
     trainer = job.trainer_pod()
     saved = job.status["checkpoint"]["step"]
@@ -61,7 +61,7 @@ def test_a_killed_trainer_is_restarted_from_its_checkpoint_as_a_new_attempt(team
     assert job.status["restarts"] == {"total": 1, "counted": 1}
     message = next(message for reason, message in job.events() if reason == "TrainerFailed")
     assert "Attempt 2 begins from the last checkpoint (restart 1)" in message, message
-    job.wait_for_condition("Succeeded", timeout_seconds=240)
+    job.wait_for_condition("Succeeded", timeout_seconds=600)
     assert job.status["step"] == 40
     assert job.status["weights"]["epoch"] == 2
     log = team.kubectl("logs", f"job/{job.name}-trainer-2")
@@ -76,19 +76,19 @@ def test_a_killed_trainer_is_restarted_from_its_checkpoint_as_a_new_attempt(team
 
 def test_suspend_stops_all_pods_and_resume_goes_on_from_the_checkpoint(team: Namespace) -> None:
     job = Job.apply(team, quickstart("paused", steps=60))
-    job.wait("step 4", lambda status: status.get("step", 0) >= 4, timeout_seconds=180)
+    job.wait("step 4", lambda status: status.get("step", 0) >= 4, timeout_seconds=600)
     job.patch(suspend=True)
-    job.wait_for_condition("Suspended", timeout_seconds=120)
+    job.wait_for_condition("Suspended", timeout_seconds=600)
     assert not job.pods("main")
     assert not job.pods("trainer")
     assert job.condition("Ready")["reason"] == "Suspended"
     saved = job.status["checkpoint"]["step"]
     assert saved >= 4  # the step it was at, not that of the last regular checkpoint
     job.patch(suspend=False)
-    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
+    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=600)
     assert job.status["attempt"] == 2
     assert job.status["restarts"] == {"total": 0, "counted": 0}
-    job.wait("steps after it", lambda status: status.get("step", 0) > saved + 2, timeout_seconds=120)
+    job.wait("steps after it", lambda status: status.get("step", 0) > saved + 2, timeout_seconds=600)
     job.delete()
     assert not job.pods("main") and not job.pods("trainer")
 
@@ -96,7 +96,7 @@ def test_suspend_stops_all_pods_and_resume_goes_on_from_the_checkpoint(team: Nam
 def test_a_pool_is_scaled_without_touching_the_pods_that_stay(team: Namespace) -> None:
     document = quickstart("scaled", steps=400)
     job = Job.apply(team, document)
-    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
+    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=600)
     before = {pod["metadata"]["uid"] for pod in job.pods("main")}
     trainer = job.trainer_pod()
     pool = document["spec"]["rolloutPools"][0]
@@ -104,7 +104,7 @@ def test_a_pool_is_scaled_without_touching_the_pods_that_stay(team: Namespace) -
     job.wait("3 ready", lambda status: status["columns"]["rollouts"] == "3/3")
     assert before < {pod["metadata"]["uid"] for pod in job.pods("main")}
     job.patch(rolloutPools=[{**pool, "replicas": 1}])
-    team.cluster.wait_for("one pod", lambda: len(job.pods("main")) == 1, timeout_seconds=120)
+    team.cluster.wait_for("one pod", lambda: len(job.pods("main")) == 1, timeout_seconds=600)
     assert [pod["metadata"]["uid"] for pod in job.pods("trainer")] == [trainer["metadata"]["uid"]]
     assert job.status["attempt"] == 1
     job.delete()
@@ -164,7 +164,7 @@ def test_a_gpu_that_is_not_there_fails_the_job(team: Namespace) -> None:
     """The dev cluster counts GPUs that do not exist: the pod is scheduled, and its process finds none."""
     container = {"name": "trainer", "resources": {"limits": {"nvidia.com/gpu": "1"}}}
     job = Job.apply(team, quickstart("gpu", steps=4, trainer={"template": {"spec": {"containers": [container]}}}))
-    condition = job.wait_for_condition("Failed", timeout_seconds=120)
+    condition = job.wait_for_condition("Failed", timeout_seconds=600)
     assert condition["reason"] == "AcceleratorMissing"
     assert "the process finds no CUDA device" in condition["message"]
     job.delete()
@@ -208,7 +208,7 @@ def test_a_suspended_job_and_a_finished_one_cost_no_writes(team: Namespace, dev_
 
 def test_the_operator_killed_in_mid_run_is_followed_by_another_and_training_goes_on(team: Namespace) -> None:
     job = Job.apply(team, quickstart("bereft", steps=400))
-    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=180)
+    job.wait_for_condition("Ready", "True", "Training", timeout_seconds=600)
     uids = {pod["metadata"]["uid"] for pool in ("main", "trainer") for pod in job.pods(pool)}
     cluster = team.cluster
     for _ in range(2):
