@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -361,4 +362,9 @@ def _write_final_model(policy: Policy, directory: Path, model_directory: Path) -
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    # All is written and closed. Python's own finalisation is left out: with torch's threads it was seen to hang, the job
+    # all trained, until torchrun killed the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
