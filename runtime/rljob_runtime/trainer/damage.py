@@ -27,12 +27,23 @@ AGAIN_SECONDS = 60.0
 class DamageWatch:
     """Lives on the background loop; the loop's thread reads what it found."""
 
-    def __init__(self, link: Link, epoch: int, waits_with: Callable[[], int | None], logger: logging.Logger) -> None:
+    def __init__(
+        self,
+        link: Link,
+        epoch: int,
+        waits_with: Callable[[], int | None],
+        logger: logging.Logger,
+        *,
+        look_seconds: float = LOOK_SECONDS,
+        again_seconds: float = AGAIN_SECONDS,
+    ) -> None:
         """`waits_with` gives the version that the trainer published last while it waits, None while it works."""
         self._link = link
         self._epoch = epoch
         self._waits_with = waits_with
         self._logger = logger
+        self._look_seconds = look_seconds
+        self._again_seconds = again_seconds
         self._found: tuple[int, tuple[str, ...]] | None = None
         self._restored: tuple[int, float] | None = None
 
@@ -49,7 +60,7 @@ class DamageWatch:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(self._look_seconds)
             version = self._waits_with()
             if version is None or self._is_being_tried(version):
                 self._found = None
@@ -59,9 +70,10 @@ class DamageWatch:
             except DeadlineExceeded as error:
                 self._logger.warning("worker states could not be read", extra={"error": str(error)})
                 continue
-            self._found = version, tuple(s.worker for s in states if s.unreadable == (self._epoch, version))
+            if not self._is_being_tried(version):  # since the states were asked for
+                self._found = version, tuple(s.worker for s in states if s.unreadable == (self._epoch, version))
 
     def _is_being_tried(self, version: int) -> bool:
         if self._restored is None or self._restored[0] != version:
             return False
-        return time.monotonic() - self._restored[1] < AGAIN_SECONDS
+        return time.monotonic() - self._restored[1] < self._again_seconds

@@ -16,9 +16,7 @@ async def publish_version(store: BlobStore, encoded: EncodedVersion) -> Blob:
     """Store the chunks, then the manifest; returns the manifest's own blob."""
     for blob, data in encoded.chunks:
         await store.put(blob, data)
-    manifest = encoded.manifest
-    described = manifest.to_bytes()
-    blob = make_blob(f"m-{manifest.epoch}-{manifest.version}", described)
+    blob, described = _manifest_blob(encoded.manifest)
     await store.put(blob, described)
     return blob
 
@@ -33,6 +31,7 @@ async def restore_version(store: BlobStore, manifest: WeightManifest, state: Map
 
     Raises:
         StorageError: these weights are not the version's; nothing was written.
+        StorageFull: there is no room.
     """
     _, chunks = cut_state(state, epoch=manifest.epoch, version=manifest.version)
     if tuple(blob for blob, _ in chunks) != manifest.blobs:
@@ -42,11 +41,15 @@ async def restore_version(store: BlobStore, manifest: WeightManifest, state: Map
         )
     for blob, data in chunks:
         await store.replace(blob, data)
-    described = manifest.to_bytes()
-    await store.replace(make_blob(f"m-{manifest.epoch}-{manifest.version}", described), described)
+    await store.replace(*_manifest_blob(manifest))
 
 
 async def publish_model_files(store: BlobStore, files: Iterable[tuple[ModelFile, bytes]]) -> None:
     """Store the small files of the model directory."""
     for file, data in files:
         await store.put(file.blob, data)
+
+
+def _manifest_blob(manifest: WeightManifest) -> tuple[Blob, bytes]:
+    described = manifest.to_bytes()
+    return make_blob(f"m-{manifest.epoch}-{manifest.version}", described), described

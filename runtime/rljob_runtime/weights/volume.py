@@ -24,12 +24,11 @@ class VolumeBlobStore:
 
     async def put(self, blob: Blob, data: bytes | memoryview) -> None:
         """Store durably, once."""
-        if not await asyncio.to_thread(self._is_whole, blob):
-            await self.replace(blob, data)
+        await asyncio.to_thread(self._put, blob, data, may_be_there=True)
 
     async def replace(self, blob: Blob, data: bytes | memoryview) -> None:
         """Store durably whatever is there; a reader gets the old file or the new one."""
-        await asyncio.to_thread(self._write, blob, data)
+        await asyncio.to_thread(self._put, blob, data, may_be_there=False)
 
     async def fetch(self, blob: Blob, destination: Path) -> None:
         """Copy out and verify."""
@@ -43,15 +42,13 @@ class VolumeBlobStore:
         """Names of all blobs."""
         return await asyncio.to_thread(self._names)
 
-    def _is_whole(self, blob: Blob) -> bool:
-        path = self._directory / blob.name
-        return path.exists() and path.stat().st_size == blob.num_bytes
-
-    def _write(self, blob: Blob, data: bytes | memoryview) -> None:
+    def _put(self, blob: Blob, data: bytes | memoryview, *, may_be_there: bool) -> None:
         path = self._directory / blob.name
         temporary = self._directory / f"{PARTIAL}{uuid.uuid4().hex}"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
+            if may_be_there and path.exists() and path.stat().st_size == blob.num_bytes:
+                return
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()

@@ -11,7 +11,6 @@ import pytest
 from rljob_api.errors import DeadlineExceeded
 from rljob_api.messages import WorkerPhase, WorkerState
 from rljob_protocol.link import Link
-from rljob_runtime.trainer import damage
 from rljob_runtime.trainer.damage import DamageWatch
 
 
@@ -39,11 +38,13 @@ class Workers:
 class Rig:
     """A watch with workers, clock and trainer of the test's."""
 
-    def __init__(self) -> None:
+    def __init__(self, again_seconds: float = 60.0) -> None:
         self.workers = Workers()
         self.version: int | None = 7
         link = cast(Link, self.workers)
-        self.watch = DamageWatch(link, 2, lambda: self.version, logging.getLogger("test"))
+        self.watch = DamageWatch(
+            link, 2, lambda: self.version, logging.getLogger("test"), look_seconds=0.005, again_seconds=again_seconds
+        )
 
     async def look(self) -> tuple[str, ...]:
         """What is found about version 7 after a look or two."""
@@ -54,8 +55,7 @@ class Rig:
 
 
 @pytest.fixture
-def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
-    monkeypatch.setattr(damage, "LOOK_SECONDS", 0.005)
+def rig() -> Rig:
     return Rig()
 
 
@@ -78,13 +78,14 @@ async def test_a_trainer_that_works_asks_nobody_and_forgets(rig: Rig) -> None:
     assert rig.workers.asked == asked
 
 
-async def test_after_it_was_stored_again_workers_get_time_to_try(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig.workers.say((2, 7))
-    await rig.look()
-    rig.watch.restored(7)
-    assert await rig.look() == ()
-    monkeypatch.setattr(damage, "AGAIN_SECONDS", 0.0)
-    assert await rig.look() == ("main-0",)
+async def test_after_it_was_stored_again_workers_get_time_to_try() -> None:
+    for again_seconds, found in ((60.0, ()), (0.0, ("main-0",))):
+        rig = Rig(again_seconds)
+        rig.workers.say((2, 7))
+        assert await rig.look() == ("main-0",)
+        rig.watch.restored(7)
+        assert rig.watch.workers_without(7) == ()
+        assert await rig.look() == found
 
 
 async def test_while_nats_is_away_the_watch_goes_on(rig: Rig) -> None:
